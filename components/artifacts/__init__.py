@@ -1,0 +1,35 @@
+"""Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
+
+from components.artifacts.manifest import (
+    ArtifactError,
+    FileEntry,
+    Manifest,
+    ParentEntry,
+    StageConfig,
+    canonical_json,
+    fingerprint,
+    read_manifest,
+    sha256_file,
+    verify_files,
+    write_atomically,
+    write_json,
+)
+from components.artifacts.stage import METRICS_NAME, StageContext, StageError
+
+__all__ = [
+    "METRICS_NAME",
+    "ArtifactError",
+    "FileEntry",
+    "Manifest",
+    "ParentEntry",
+    "StageConfig",
+    "StageContext",
+    "StageError",
+    "canonical_json",
+    "fingerprint",
+    "read_manifest",
+    "sha256_file",
+    "verify_files",
+    "write_atomically",
+    "write_json",
+]

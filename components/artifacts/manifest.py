@@ -1,0 +1,183 @@
+"""Manifests: what an artefact folder holds, where it came from, and how its identity is computed.
+
+An artefact is a folder whose ``manifest.json`` was written last. No manifest, no artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 1 << 20
+
+
+class ArtifactError(Exception):
+    """An artefact is missing, torn or does not match its manifest."""
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's part of a recipe: frozen, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class FileEntry(BaseModel):
+    """Size and checksum of one file of an artefact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int
+    sha256: str
+
+
+class ParentEntry(BaseModel):
+    """A parent artefact by role: which stage made it, and which of its versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    fingerprint: str
+
+
+class Manifest(BaseModel):
+    """The contents of ``manifest.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    stage: str
+    stage_version: int
+    recipe: str
+    fingerprint: str
+    config: dict[str, Any]
+    parents: dict[str, ParentEntry]
+    files: dict[str, FileEntry]
+    metrics: dict[str, float]
+    notes: list[str] = []
+    code_revision: str
+    created_at: str
+    duration_s: float
+    peak_memory_bytes: int
+
+
+def canonical_json(value: object) -> str:
+    """Serialise ``value`` so that equal values give equal text on every machine."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(
+    stage: str, stage_version: int, config: Mapping[str, Any], parents: Mapping[str, ParentEntry]
+) -> str:
+    """Identity of an artefact: SHA-256 over stage, version, declared config and parents (hex, 64 digits)."""
+    payload = {
+        "stage": stage,
+        "stage_version": stage_version,
+        "config": config,
+        "parents": {role: entry.fingerprint for role, entry in parents.items()},
+    }
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes (hex), reading 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a torn one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    write_atomically(path, text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read a folder's manifest; ``None`` when the folder is not a finished artefact.
+
+    Raises:
+        ArtifactError: the manifest exists and cannot be understood.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise ArtifactError(f"{path} is not a valid manifest: {error}") from error
+
+
+def collect_files(folder: Path) -> dict[str, FileEntry]:
+    """Checksum every file below ``folder`` except its manifest and hidden entries."""
+    entries: dict[str, FileEntry] = {}
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
+            continue
+        if relative.as_posix() == MANIFEST_NAME:
+            continue
+        entries[relative.as_posix()] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_file(path))
+    return entries
+
+
+def verify_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Compare a folder with its manifest; one sentence per damaged file, empty when all is well."""
+    problems: list[str] = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.size_bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.size_bytes}")
+        elif sha256_file(path) != entry.sha256:
+            problems.append(f"{name} does not match its SHA-256")
+    return problems
+
+
+def code_revision(project: Path) -> str:
+    """The git revision of the code, with ``+dirty`` when files differ; ``unknown`` outside a checkout."""
+    try:
+        revision = subprocess.run(
+            ["git", "-C", str(project), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        status = subprocess.run(
+            ["git", "-C", str(project), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{revision}+dirty" if status else revision

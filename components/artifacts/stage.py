@@ -1,0 +1,70 @@
+"""The contract between a stage and whoever runs it.
+
+A stage is a function ``run(context: StageContext) -> dict[str, float]`` in ``components.<stage>``. It reads
+parents under ``context.inputs``, writes into ``context.out``, and returns its headline metrics. The runner
+(``components.artifacts.store``) then checksums the folder and writes the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class StageError(Exception):
+    """A stage cannot go on; the message says what was wrong and what to do, in one or two sentences."""
+
+
+@dataclass
+class StageContext:
+    """What a stage is given.
+
+    Attributes:
+        stage: the stage's name.
+        recipe: the recipe's name.
+        config: this stage's part of the recipe, as plain JSON values; parse it with the stage's config class.
+        inputs: parents' folders by role. Read only.
+        out: the artefact's folder. It may hold files of an earlier, killed attempt of the *same* fingerprint:
+            a stage either resumes from them or overwrites them. Names starting with a dot are scratch: they
+            are not part of the artefact, and are removed when it is finished.
+        cache: folder shared by all stages and runs for verified downloads.
+    """
+
+    stage: str
+    recipe: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    out: Path
+    cache: Path
+    notes: list[str] = field(default_factory=list)
+    _metrics_file: IO[str] | None = field(default=None, repr=False)
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for work in progress; survives a crash, removed when the stage has finished."""
+        path = self.out / ".work"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append one line to ``metrics.jsonl``; the runner sends it to MLflow. Resuming stages append."""
+        if self._metrics_file is None:
+            self._metrics_file = (self.out / METRICS_NAME).open("a", buffering=1)
+        line = {"step": step, "time_s": round(time.time(), 3), "metrics": {k: float(v) for k, v in metrics.items()}}
+        self._metrics_file.write(json.dumps(line) + "\n")
+
+    def note(self, sentence: str) -> None:
+        """Record something a reviewer should know (a source left out, a limit met); it ends in the manifest."""
+        self.notes.append(sentence)
+
+    def close(self) -> None:
+        """Flush and close the metrics file."""
+        if self._metrics_file is not None:
+            self._metrics_file.close()
+            self._metrics_file = None

@@ -1,0 +1,1 @@
+"""Prefect flows and recipes: what runs, in which order, at which size."""

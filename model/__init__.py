@@ -1,0 +1,1 @@
+"""SmallThinker in PyTorch: configuration, attention, router, experts, losses and checkpoint mapping."""

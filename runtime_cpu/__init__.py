@@ -1,0 +1,1 @@
+"""The SmallThinker CPU engine: runs GGUF files of the architecture without torch."""
