@@ -15,11 +15,14 @@ from components.artifacts.manifest import (
     write_json,
 )
 from components.artifacts.stage import METRICS_NAME, StageContext, StageError
+from components.artifacts.store import ArtifactStore, Identity, flatten
 
 __all__ = [
     "METRICS_NAME",
     "ArtifactError",
+    "ArtifactStore",
     "FileEntry",
+    "Identity",
     "Manifest",
     "ParentEntry",
     "StageConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "StageError",
     "canonical_json",
     "fingerprint",
+    "flatten",
     "read_manifest",
     "sha256_file",
     "verify_files",

@@ -56,7 +56,11 @@ class StageContext:
         """Append one line to ``metrics.jsonl``; the runner sends it to MLflow. Resuming stages append."""
         if self._metrics_file is None:
             self._metrics_file = (self.out / METRICS_NAME).open("a", buffering=1)
-        line = {"step": step, "time_s": round(time.time(), 3), "metrics": {k: float(v) for k, v in metrics.items()}}
+        line = {
+            "step": step,
+            "time_s": round(time.time(), 3),
+            "metrics": {k: float(v) for k, v in metrics.items()},
+        }
         self._metrics_file.write(json.dumps(line) + "\n")
 
     def note(self, sentence: str) -> None:

@@ -1,0 +1,93 @@
+"""The flows as Prefect sees them, one per deployment of ``prefect.yaml``.
+
+In the project folder, with ``make orchestrator`` running: ``prefect deployment run pipeline-nano``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import Flow, flow, get_run_logger, task
+from prefect.client.schemas.objects import State
+from prefect.runtime import deployment
+from prefect.states import Completed, Failed
+
+from components.artifacts import ArtifactError, StageError
+from flows.pipeline import Request, Say, run_pipeline, say_on_stderr
+from flows.recipes import RecipeError
+from flows.runner import PROJECT, Runner, StageOutcome
+from flows.stages import Stage
+
+_USER_ERRORS = (RecipeError, StageError, ArtifactError)
+
+
+def _run_stage_as_task(runner: Runner, stage: Stage) -> StageOutcome:
+    """Run a stage as a Prefect task; a finished artefact ends it as ``Cached``, a user's error without a traceback."""
+    outcomes: list[StageOutcome] = []
+    errors: list[Exception] = []
+
+    @task(name=stage.name, persist_result=False, cache_policy=None)
+    def stage_task() -> State[Any]:
+        try:
+            outcomes.append(runner.run_stage(stage))
+        except _USER_ERRORS as error:
+            errors.append(error)
+            return Failed(message=str(error))
+        manifest = outcomes[0].manifest
+        message = f"artefact {manifest.fingerprint[:12]} in {outcomes[0].folder}"
+        return Completed(message=message, name="Cached" if outcomes[0].cached else None)
+
+    stage_task(return_state=True)
+    if errors:
+        raise errors[0]
+    return outcomes[0]
+
+
+def _make_flow(name: str, recipe: str, until: str | None, description: str) -> Flow[..., Any]:
+    @flow(name=name, description=description, persist_result=False, validate_parameters=True)
+    def pipeline_flow(
+        overrides: list[str] = [],  # noqa: B006  Prefect shows and serialises the default; it is never changed
+        rebuild: list[str] = [],  # noqa: B006
+        root: str = str(PROJECT / "runs"),
+    ) -> State[Any]:
+        say: Say = get_run_logger().info if deployment.id else say_on_stderr
+        request = Request(recipe, tuple(overrides), until, tuple(rebuild), Path(root))
+        try:
+            ran = run_pipeline(request, say=say, run_stage=_run_stage_as_task)
+        except _USER_ERRORS as error:
+            if deployment.id:
+                get_run_logger().error(str(error))
+            return Failed(message=f"{type(error).__name__}: {error}")
+        return Completed(message="built" if ran else "everything was finished; nothing was run")
+
+    return pipeline_flow
+
+
+def run_as_flow(request: Request) -> None:
+    """Run a request as a flow in this process.
+
+    Raises:
+        StageError: the flow failed; its message says why.
+    """
+    name = f"pipeline-{request.recipe}" if request.until is None else f"{request.until}-{request.recipe}"
+    pipeline_flow = _make_flow(name, request.recipe, request.until, __doc__ or "")
+    state = pipeline_flow(
+        overrides=list(request.overrides),
+        rebuild=list(request.rebuild),
+        root=str(request.root),
+        return_state=True,
+    )
+    if not state.is_completed():
+        raise StageError(
+            (state.message or "the flow did not complete").partition(": ")[2] or str(state.message)
+        )
+
+
+pipeline_smoke = _make_flow("pipeline-smoke", "smoke", None, "The whole pipeline at its smallest setting.")
+pipeline_nano = _make_flow("pipeline-nano", "nano", None, "The whole pipeline at nano size on real data.")
+pretrain_nano = _make_flow("pretrain-nano", "nano", "pretrain", "Data and pretraining at nano size.")
+pipeline_4b = _make_flow("pipeline-4b", "4b", None, "The whole pipeline for SmallThinker-4B-A0.6B.")
+pretrain_4b = _make_flow("pretrain-4b", "4b", "pretrain", "Data and pretraining of SmallThinker-4B-A0.6B.")
+pipeline_21b = _make_flow("pipeline-21b", "21b", None, "The whole pipeline for SmallThinker-21B-A3B.")
+pretrain_21b = _make_flow("pretrain-21b", "21b", "pretrain", "Data and pretraining of SmallThinker-21B-A3B.")
