@@ -1,1 +1,1 @@
-"""Evaluation: the sets, the prompt formats shared with SFT data, and the scores. See ``docs/evaluation.md``."""
+"""Evaluation: the sets, the prompt formats shared with SFT data, and the scores (``docs/evaluation.md``)."""

@@ -28,8 +28,8 @@ TOPICS: Final[tuple[str, ...]] = (
     "Society and social sciences",
     "Technology",
 )
-"""Topics of the encyclopedia summaries. The source's twelfth label, "Uncategorized", names no topic (its thousand
-articles belong to all the others) and is left out of the task."""
+"""Topics of the encyclopedia summaries. The source's twelfth label, "Uncategorized", names no topic (its
+thousand articles belong to all the others) and is left out of the task."""
 
 UNCATEGORIZED: Final = "Uncategorized"
 TOPIC_TEXT_CHARS: Final = 240
@@ -64,7 +64,7 @@ def topic_question(text: str) -> str:
 
 
 def topic_messages(text: str, topic: str | None = None) -> list[Message]:
-    """Chat of the topic task; with ``topic`` the answer is included (an SFT row), without it ends after the question.
+    """Chat of the topic task: with ``topic`` an SFT row, without it the question alone.
 
     Raises:
         ValueError: the topic is not one of ``TOPICS``.
@@ -80,7 +80,7 @@ def arithmetic_question(expression: str) -> str:
 
 
 def arithmetic_messages(question: str, answer: str | None = None) -> list[Message]:
-    """Chat of the arithmetic task; ``question`` is the expression (``"12 + 7"``), the answer is the bare number."""
+    """Chat of the arithmetic task: ``question`` is the expression (``"12 + 7"``), ``answer`` the number."""
     return _chat(arithmetic_question(question), answer)
 
 
@@ -90,7 +90,7 @@ def arithmetic_problems(seed: int, size: int) -> list[tuple[str, str]]:
     Made by reasoning_gym's ``chain_sum``; about 16 000 distinct expressions exist, so repeats occur.
     Training keeps those with ``not is_reserved(expression)``.
     """
-    import reasoning_gym  # slow to import
+    import reasoning_gym  # type: ignore[import-untyped]  # here: slow to import
 
     data = reasoning_gym.create_dataset(
         "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=1, max_digits=2
@@ -103,7 +103,7 @@ def arithmetic_problems(seed: int, size: int) -> list[tuple[str, str]]:
 
 
 def gsm_messages(question: str, answer: str | None = None) -> list[Message]:
-    """Chat of the grade-school maths task; a full answer is worked out and ends with ``#### N``, as in GSM8K."""
+    """Chat of the grade-school maths task; a full answer is worked out and ends with ``#### N`` (GSM8K)."""
     return _chat(question, answer)
 
 
