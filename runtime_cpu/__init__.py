@@ -1,1 +1,25 @@
-"""The SmallThinker CPU engine: runs GGUF files of the architecture without torch."""
+"""The SmallThinker CPU engine: runs GGUF files of the architecture without torch.
+
+from runtime_cpu import Engine
+engine = Engine.open("model.gguf")
+for token in engine.generate(engine.tokenizer.encode("Hello"), max_tokens=32):
+    ...
+"""
+
+from runtime_cpu._core import EngineError, ModelFileError
+from runtime_cpu.engine import Engine, EngineBusyError, ModelInfo
+from runtime_cpu.generation import Generation, Stats, Token
+from runtime_cpu.memory import MemoryBudgetError, MemoryPlan
+
+__all__ = [
+    "Engine",
+    "EngineBusyError",
+    "EngineError",
+    "Generation",
+    "MemoryBudgetError",
+    "MemoryPlan",
+    "ModelFileError",
+    "ModelInfo",
+    "Stats",
+    "Token",
+]

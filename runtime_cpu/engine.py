@@ -1,0 +1,460 @@
+"""Opening a model and asking it: logits of given tokens, or a stream of new ones.
+
+    engine = Engine.open("model-q4_0.gguf", threads=2, context=4096, memory="1GiB")
+    rows = engine.logits([1, 2, 3])                       # float32 [3, V]
+    ids = [token.id for token in engine.generate([1, 2, 3], max_tokens=16)]
+
+Any number of threads may use one engine. Every open generation has a sequence state of its own; the computing itself
+is done by one call at a time (a lock), so requests advance in turns, token by token. The GIL is released meanwhile.
+At most ``sessions`` generations are open at once; a further one waits for a free state and then raises
+:class:`EngineBusyError`. Results depend neither on other requests, nor on the number of threads, nor on how a prompt
+is cut into chunks: the same file, kernels and KV type give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime_cpu import _core
+from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
+from runtime_cpu.memory import (
+    MemoryBudgetError,
+    MemoryPlan,
+    format_bytes,
+    parse_bytes,
+    resident_bytes,
+)
+from runtime_cpu.tokenizer import Tokenizer
+
+KERNELS_VARIABLE = "RUNTIME_CPU_KERNELS"
+MAX_THREADS = 256
+_CHUNK_TOKENS = 128
+_CONTEXT_STEP = 256
+_DEFAULT_SESSIONS = 4
+
+
+class EngineBusyError(_core.EngineError):
+    """All sequence states stayed in use for ``wait_s``; close a generation or open the engine with more ``sessions``."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was opened, and how it runs. Sizes are in elements unless the name says otherwise.
+
+    Attributes:
+        context_length: the longest text that the model was made for; ``context``: what this engine has room for.
+        window: keys that a windowed layer sees (0: no such layer).
+        rope_layout, sliding_window_layout: 1 where the layer rotates, 1 where it is windowed.
+        router: ``"softmax"`` or ``"sigmoid"``.
+        file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
+        kv_type: ``"f32"`` or ``"f16"``; ``kernels``: ``"reference"``, ``"avx2"``, …
+    """
+
+    path: str
+    name: str
+    architecture: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    expert_hidden: int
+    vocab_size: int
+    context_length: int
+    window: int
+    rope_layout: tuple[int, ...]
+    sliding_window_layout: tuple[int, ...]
+    rope_theta: float
+    rms_epsilon: float
+    router: str
+    tied_embeddings: bool
+    file_type: str
+    file_bytes: int
+    weight_bytes: int
+    parameters: int
+    context: int
+    threads: int
+    kernels: str
+    kv_type: str
+    sessions: int
+    plan: MemoryPlan
+    warnings: tuple[str, ...]
+
+
+class Engine:
+    """A model ready to run. Open it with :meth:`open`; close it with :meth:`close` or ``with``."""
+
+    def __init__(
+        self, runtime: _core.Runtime, model: _core.Model, info: ModelInfo, chunk_tokens: int, wait_s: float
+    ):
+        self.info = info
+        self.stats = Stats()
+        self._runtime: _core.Runtime | None = runtime
+        self._model = model
+        self._chunk_tokens = chunk_tokens
+        self._wait_s = wait_s
+        self._compute_lock = threading.Lock()
+        self._sessions_changed = threading.Condition()
+        self._idle: list[_core.Session] = []
+        self._created = 0
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        context: int | None = None,
+        memory: int | str | None = None,
+        *,
+        kernels: str | None = None,
+        kv_type: str = "auto",
+        sessions: int | None = None,
+        chunk_tokens: int = _CHUNK_TOKENS,
+        wait_s: float = 600.0,
+    ) -> Engine:
+        """Map a GGUF file and prepare to run it.
+
+        Args:
+            threads: computing threads, 1 to 256; by default the cores that this process may use.
+            context: tokens per sequence, 1 to the model's ``context_length``; by default all of it, or as much as
+                ``memory`` allows.
+            memory: bytes for everything (weights, KV cache, scratch, interpreter): a number or ``"1GiB"``.
+            kernels: ``"auto"`` or a name of :func:`available_kernels`; by default ``$RUNTIME_CPU_KERNELS``, else auto.
+            kv_type: ``"f32"``, ``"f16"`` or ``"auto"`` (f32 for files that hold F32 weights only).
+            sessions: generations open at once; by default 4, fewer if ``memory`` is short.
+            chunk_tokens: prompt tokens computed together, 1 to 4096.
+            wait_s: how long a further generation waits for a free sequence state.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ModelFileError: the file is damaged, or no SmallThinker model.
+            MemoryBudgetError: it does not fit in ``memory``; the message and ``needed_bytes`` say what would.
+            ValueError: another argument is out of its range.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no model file at {file}")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = min(cores, MAX_THREADS) if threads is None else _integer("threads", threads, 1, MAX_THREADS)
+        chunk_tokens = _integer("chunk_tokens", chunk_tokens, 1, 4096)
+        if kv_type not in ("auto", "f32", "f16"):
+            raise ValueError(f"kv_type is {kv_type!r}; allowed are 'auto', 'f32' and 'f16'")
+        kernels = kernels or os.environ.get(KERNELS_VARIABLE) or "auto"
+        allowed = ["auto", *_core.available_kernels()]
+        if kernels not in allowed:
+            raise ValueError(f"kernels is {kernels!r}; this machine offers {', '.join(allowed)}")
+        budget = None if memory is None else parse_bytes(memory)
+        if sessions is not None:
+            sessions = _integer("sessions", sessions, 1, 1024)
+
+        model = _core.Model.open(str(file))
+        for message in model.warnings:
+            warnings.warn(f"{file.name}: {message}", stacklevel=2)
+        if context is not None:
+            context = _integer("context", context, 1, model.context_length)
+        planner = functools.partial(_plan, model, threads, kv_type, chunk_tokens, budget)
+        context, sessions, plan = _fit(model, planner, context, sessions, budget)
+        runtime = _core.Runtime(model, threads, context, kv_type, kernels, chunk_tokens)
+        metadata = model.metadata()
+        info = ModelInfo(
+            path=str(file),
+            name=str(metadata.get("general.name", file.stem)),
+            architecture=str(metadata["general.architecture"]),
+            layers=model.layers,
+            hidden=model.hidden,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            experts=model.experts,
+            experts_per_token=model.experts_per_token,
+            expert_hidden=model.expert_hidden,
+            vocab_size=model.vocab_size,
+            context_length=model.context_length,
+            window=model.window,
+            rope_layout=tuple(model.rope_layout),
+            sliding_window_layout=tuple(model.sliding_window_layout),
+            rope_theta=model.rope_theta,
+            rms_epsilon=model.rms_epsilon,
+            router=model.router,
+            tied_embeddings=model.tied_embeddings,
+            file_type=model.file_type,
+            file_bytes=model.file_bytes,
+            weight_bytes=model.weight_bytes,
+            parameters=model.parameters,
+            context=context,
+            threads=runtime.threads,
+            kernels=runtime.kernels,
+            kv_type=runtime.kv_type,
+            sessions=sessions,
+            plan=plan,
+            warnings=tuple(model.warnings),
+        )
+        return cls(runtime, model, info, chunk_tokens, wait_s)
+
+    @functools.cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Every key of the file; arrays are lists."""
+        return self._model.metadata()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer inside the file.
+
+        Raises:
+            TokenizerError: the file has none, or one of another kind.
+        """
+        return Tokenizer.from_metadata(self.metadata)
+
+    def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Logits after every one of ``token_ids`` [T]: float32 [T, V]; row t predicts token t + 1.
+
+        Raises:
+            ValueError: an empty list, an id outside the vocabulary, or more ids than ``info.context``.
+        """
+        ids = self._check_prompt(token_ids)
+        rows = np.empty((len(ids), self.info.vocab_size), np.float32)
+        stats = Stats(prompt_tokens=len(ids))
+        started = time.perf_counter()
+        with self._borrow_session(None) as session:
+            for start in range(0, len(ids), self._chunk_tokens):
+                stop = start + self._chunk_tokens
+                self._compute(session, ids[start:stop], rows[start:stop], stats)
+        stats.prompt_s = time.perf_counter() - started
+        self._finish(stats)
+        return rows
+
+    def generate(
+        self,
+        token_ids: Sequence[int] | NDArray[np.integer],
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int | None = None,
+        stop_ids: Iterable[int] | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: int = 0,
+    ) -> Generation:
+        """Continue ``token_ids``; an iterator of :class:`Token` that may be closed at any time.
+
+        The logits pass through, in this order: ``logit_bias``; ``repetition_penalty`` (prompt and answer, as in
+        Keskar et al. 2019); ``presence_penalty`` and ``frequency_penalty`` (answer only, as OpenAI defines them);
+        ``temperature`` (0: the greatest logit, the lowest id among equals); ``min_p``; ``top_k``; ``top_p``.
+
+        Args:
+            max_tokens: at most this many; by default until the context is full.
+            stop_ids: ids that end the answer and are not given out; by default those that the tokenizer names.
+            seed: makes the sampling reproducible; by default drawn anew and found in ``stats.seed``.
+            logprobs: how many of the most probable tokens each :class:`Token` lists.
+
+        Raises:
+            ValueError: an argument is out of range (at the call, not at the first token).
+            EngineBusyError: at the first token, when no sequence state became free in time.
+        """
+        prompt = self._check_prompt(token_ids)
+        bias = dict(logit_bias or {})
+        for token_id in bias:
+            if not 0 <= token_id < self.info.vocab_size:
+                raise ValueError(
+                    f"logit_bias names id {token_id}; allowed is 0 to {self.info.vocab_size - 1}"
+                )
+        options = SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop_ids=frozenset(self.tokenizer.stop_ids if stop_ids is None else stop_ids),
+            logit_bias=bias,
+            logprobs=logprobs,
+        )
+        return Generation(self, prompt, options)
+
+    def close(self) -> None:
+        """Free threads, KV cache and mapping. Later calls raise :class:`EngineError`."""
+        with self._compute_lock:
+            self._runtime = None
+        with self._sessions_changed:
+            self._idle.clear()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open_runtime(self) -> _core.Runtime:
+        if self._runtime is None:
+            raise _core.EngineError("the engine is closed; open it again with Engine.open")
+        return self._runtime
+
+    def _check_prompt(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:
+        self._open_runtime()
+        ids = check_token_ids(token_ids, self.info.vocab_size)
+        if len(ids) > self.info.context:
+            raise ValueError(
+                f"there are {len(ids)} tokens and room for {self.info.context}; shorten them, or open the engine "
+                f"with a context of up to {self.info.context_length}"
+            )
+        return ids
+
+    @contextmanager
+    def _borrow_session(self, prompt: NDArray[np.int32] | None) -> Iterator[_core.Session]:
+        """A sequence state cut back to what it shares with ``prompt`` (to nothing when that is ``None``)."""
+        session = self._take_session(prompt)
+        try:
+            keep = 0
+            if prompt is not None and session.length:
+                held = np.asarray(session.tokens()[: len(prompt) - 1], np.int32)
+                differing = np.flatnonzero(held != prompt[: len(held)])
+                keep = int(differing[0]) if differing.size else len(held)
+            session.truncate(keep)
+            yield session
+        finally:
+            with self._sessions_changed:
+                if self._runtime is not None:
+                    self._idle.append(session)
+                self._sessions_changed.notify()
+
+    def _take_session(self, prompt: NDArray[np.int32] | None) -> _core.Session:
+        deadline = time.monotonic() + self._wait_s
+        with self._sessions_changed:
+            while True:
+                runtime = self._open_runtime()
+                if self._idle:
+                    best = 0 if prompt is None else max(range(len(self._idle)), key=self._shared_with(prompt))
+                    return self._idle.pop(best)
+                if self._created < self.info.sessions:
+                    session = runtime.new_session()
+                    self._created += 1
+                    return session
+                if not self._sessions_changed.wait(deadline - time.monotonic()):
+                    raise EngineBusyError(
+                        f"all {self.info.sessions} sequence states were in use for {self._wait_s:g} s; close a "
+                        "generation, or open the engine with more sessions"
+                    )
+
+    def _shared_with(self, prompt: NDArray[np.int32]) -> Any:
+        wanted = prompt.tolist()
+
+        def shared(index: int) -> int:
+            count = 0
+            for held, new in zip(self._idle[index].tokens(), wanted, strict=False):
+                if held != new:
+                    break
+                count += 1
+            return count
+
+        return shared
+
+    def _compute(
+        self,
+        session: _core.Session,
+        token_ids: NDArray[np.int32],
+        logits: NDArray[np.float32] | None,
+        stats: Stats,
+    ) -> None:
+        """Append ``token_ids`` to ``session``; fill ``logits`` (as many last rows as it has); count into ``stats``."""
+        with self._compute_lock:
+            runtime = self._open_runtime()
+            runtime.forward(session, token_ids, logits)
+            counters = runtime.take_counters()
+        stats.add_counters(counters)
+
+    def _finish(self, stats: Stats) -> None:
+        self.stats = stats
+
+
+def available_kernels() -> list[str]:
+    """Names of the kernel sets that this machine can run, slowest first."""
+    return _core.available_kernels()
+
+
+def _integer(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; allowed is a whole number from {low} to {high}")
+    return value
+
+
+def _plan(
+    model: _core.Model,
+    threads: int,
+    kv_type: str,
+    chunk_tokens: int,
+    budget: int | None,
+    context: int,
+    sessions: int,
+) -> MemoryPlan:
+    plan = _core.plan(model, threads, context, kv_type, chunk_tokens)
+    return MemoryPlan(
+        weight_bytes=plan.weight_bytes,
+        kv_bytes=plan.kv_bytes_per_session * sessions,
+        scratch_bytes=plan.scratch_bytes,
+        interpreter_bytes=resident_bytes(),
+        budget_bytes=budget,
+    )
+
+
+def _fit(
+    model: _core.Model,
+    planner: Any,
+    context: int | None,
+    sessions: int | None,
+    budget: int | None,
+) -> tuple[int, int, MemoryPlan]:
+    """Choose context and sessions: what was asked for, else the most that the budget allows."""
+    whole = model.context_length
+    if budget is None:
+        context, sessions = context or whole, sessions or _DEFAULT_SESSIONS
+        return context, sessions, planner(context, sessions)
+    session_choices = [sessions] if sessions else list(range(_DEFAULT_SESSIONS, 0, -1))
+    if context is not None:
+        for count in session_choices:
+            plan: MemoryPlan = planner(context, count)
+            if plan.total_bytes <= budget:
+                return context, count, plan
+    else:
+        # One long sequence is worth more than several short ones: first the context, then the sessions.
+        least = session_choices[-1]
+        sizes = [whole, *range((whole - 1) // _CONTEXT_STEP * _CONTEXT_STEP, 0, -_CONTEXT_STEP)]
+        fitting = next((size for size in sizes if planner(size, least).total_bytes <= budget), None)
+        if fitting is not None:
+            for count in session_choices:
+                plan = planner(fitting, count)
+                if plan.total_bytes <= budget:
+                    return fitting, count, plan
+    smallest = planner(context or min(whole, _CONTEXT_STEP), session_choices[-1])
+    needed = smallest.total_bytes
+    raise MemoryBudgetError(
+        f"memory is {format_bytes(budget)} and the smallest plan needs {smallest}; "
+        f"allow at least {needed} bytes ({needed / 2**20:.1f} MiB)",
+        needed,
+    )

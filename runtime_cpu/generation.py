@@ -1,0 +1,255 @@
+"""One request: an iterator of tokens that can be cancelled, with its statistics.
+
+with engine.generate(ids, max_tokens=64) as generation:
+    for token in generation:
+        ...
+generation.stats.decode_tokens_per_s
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime_cpu._core import Sampler
+from runtime_cpu.memory import peak_resident_bytes
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from runtime_cpu.engine import Engine
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        id: index in the vocabulary.
+        logprob: natural logarithm of the model's own probability (before temperature, bias and penalties).
+        top: the most probable ``(id, logprob)``, best first; as many as ``logprobs`` asked for.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Stats:
+    """What one request cost. Rates are 0.0 until there is something to divide.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, of which ``reused_tokens`` were still in the KV cache.
+        generated_tokens: tokens given out (a stop token is not given out).
+        prompt_s, decode_s: time computing the prompt and the tokens after the first.
+        first_token_s: from the start of the request to its first token.
+        active_neuron_share: share of the experts' neurons that were above zero, over all tokens computed.
+        active_neuron_share_by_layer: the same per layer.
+        expert_counts: how often each expert was chosen, [layers][experts].
+        finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
+        stop_id: the stop token that ended it.
+        seed: what reproduces the sampling.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    active_neuron_share: float = 0.0
+    active_neuron_share_by_layer: list[float] = field(default_factory=list)
+    expert_counts: list[list[int]] = field(default_factory=list)
+    peak_rss_bytes: int = 0
+    finish_reason: str | None = None
+    stop_id: int | None = None
+    seed: int | None = None
+    decode_steps: int = 0
+    _neurons: list[int] = field(default_factory=list, repr=False)
+    _active: list[int] = field(default_factory=list, repr=False)
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        """Speed of the part of the prompt that was computed."""
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_s if self.prompt_s > 0 else 0.0
+
+    def add_counters(self, counters: Mapping[str, Any]) -> None:
+        """Add what one computing call counted: neurons seen and active per layer, choices per expert."""
+        if not self._neurons:
+            self._neurons = list(counters["neurons"])
+            self._active = list(counters["active_neurons"])
+            self.expert_counts = [list(row) for row in counters["expert_counts"]]
+        else:
+            for layer, row in enumerate(counters["expert_counts"]):
+                self._neurons[layer] += counters["neurons"][layer]
+                self._active[layer] += counters["active_neurons"][layer]
+                self.expert_counts[layer] = [
+                    old + new for old, new in zip(self.expert_counts[layer], row, strict=True)
+                ]
+        self.active_neuron_share = sum(self._active) / max(sum(self._neurons), 1)
+        self.active_neuron_share_by_layer = [
+            active / max(seen, 1) for active, seen in zip(self._active, self._neurons, strict=True)
+        ]
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Speed of the tokens after the first one."""
+        return self.decode_steps / self.decode_s if self.decode_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Checked arguments of :meth:`Engine.generate`; see there for their meaning."""
+
+    max_tokens: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    stop_ids: frozenset[int]
+    logit_bias: Mapping[int, float]
+    logprobs: int
+
+    def __post_init__(self) -> None:
+        def check(name: str, low: float, high: float, *, open_low: bool = False) -> None:
+            value = getattr(self, name)
+            inside = (low < value if open_low else low <= value) and value <= high
+            if not inside:  # also true for NaN
+                bracket = "(" if open_low else "["
+                raise ValueError(f"{name} is {value}; allowed is {bracket}{low}, {high}]")
+
+        if self.max_tokens is not None:
+            check("max_tokens", 0, 2**31 - 1)
+        check("temperature", 0.0, 100.0)
+        check("top_k", 0, 2**31 - 1)
+        check("top_p", 0.0, 1.0, open_low=True)
+        check("min_p", 0.0, 1.0)
+        check("repetition_penalty", 0.0, 100.0, open_low=True)
+        check("presence_penalty", -100.0, 100.0)
+        check("frequency_penalty", -100.0, 100.0)
+        check("logprobs", 0, 1000)
+        if self.seed is not None:
+            check("seed", 0, 2**64 - 1)
+        for token_id, bias in self.logit_bias.items():
+            if not -1e9 <= bias <= 1e9 and bias not in (float("-inf"),):
+                raise ValueError(f"logit_bias[{token_id}] is {bias}; allowed is [-1e9, 1e9] or -inf")
+
+
+class Generation(Iterator[Token]):
+    """The iterator that :meth:`Engine.generate` returns. ``close()`` cancels; so does leaving the ``with`` block.
+
+    Nothing is computed before the first ``next()``. It may be driven from changing threads, one at a time.
+    """
+
+    def __init__(self, engine: Engine, prompt: NDArray[np.int32], options: SamplingOptions) -> None:
+        self.stats = Stats(prompt_tokens=len(prompt))
+        self._engine = engine
+        self._tokens = self._run(prompt, options)
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop and free the sequence. Harmless when already finished."""
+        self._tokens.close()
+        if self.stats.finish_reason is None:
+            self.stats.finish_reason = "cancelled"
+
+    def _run(self, prompt: NDArray[np.int32], options: SamplingOptions) -> Generator[Token, None, None]:
+        engine, stats = self._engine, self.stats
+        stats.seed = secrets.randbits(64) if options.seed is None else options.seed
+        sampler = Sampler(
+            engine.info.vocab_size,
+            options.temperature,
+            options.top_k,
+            options.top_p,
+            options.min_p,
+            options.repetition_penalty,
+            options.presence_penalty,
+            options.frequency_penalty,
+            stats.seed,
+            dict(options.logit_bias),
+        )
+        sampler.observe_prompt(prompt.tolist())
+        started = time.perf_counter()
+        room = engine.info.context - len(prompt)
+        limit = room if options.max_tokens is None else min(options.max_tokens, room)
+        logits = np.empty((1, engine.info.vocab_size), np.float32)
+        with engine._borrow_session(prompt) as session:
+            try:
+                stats.reused_tokens = session.length
+                rest = prompt[session.length :]
+                chunk = engine._chunk_tokens
+                for start in range(0, len(rest), chunk):
+                    part = rest[start : start + chunk]
+                    last = start + chunk >= len(rest)
+                    engine._compute(session, part, logits if last else None, stats)
+                    if not last:
+                        stats.prompt_s = time.perf_counter() - started
+                stats.prompt_s = time.perf_counter() - started
+                while True:
+                    if stats.generated_tokens >= limit:
+                        stats.finish_reason = "length"
+                        return
+                    token_id, logprob, top = sampler.sample(logits[0], options.logprobs)
+                    if stats.generated_tokens == 0:
+                        stats.first_token_s = time.perf_counter() - started
+                    if token_id in options.stop_ids:
+                        stats.finish_reason, stats.stop_id = "stop", token_id
+                        return
+                    stats.generated_tokens += 1
+                    yield Token(token_id, logprob, tuple(top))
+                    if stats.generated_tokens < limit:
+                        step = time.perf_counter()
+                        engine._compute(session, np.array([token_id], np.int32), logits, stats)
+                        stats.decode_s += time.perf_counter() - step
+                        stats.decode_steps += 1
+            except GeneratorExit:
+                stats.finish_reason = "cancelled"
+                raise
+            finally:
+                stats.peak_rss_bytes = peak_resident_bytes()
+                engine._finish(stats)
+
+
+def check_token_ids(token_ids: Sequence[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int32]:
+    """Token ids as int32 [T].
+
+    Raises:
+        ValueError: not a flat, non-empty list of integers inside the vocabulary.
+    """
+    array = np.asarray(token_ids)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"token_ids has shape {array.shape}; it has to be a flat list of at least one id")
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"token_ids has type {array.dtype}; it has to hold integers")
+    outside = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if outside.size:
+        index = int(outside[0])
+        raise ValueError(f"token_ids[{index}] is {int(array[index])}; allowed is 0 to {vocab_size - 1}")
+    return np.ascontiguousarray(array, dtype=np.int32)
