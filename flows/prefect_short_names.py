@@ -1,7 +1,7 @@
 """Lets ``prefect deployment run NAME`` mean ``NAME/default``, as the flows here are deployed.
 
-A ``prefect.plugins`` entry point, active where ``prefect.toml`` enables plugins (the project folder). Stock Prefect only
-takes ``FLOW/DEPLOYMENT``. It wraps a private method of the pinned Prefect; ``tests/flows`` checks that it still works.
+A ``prefect.plugins`` entry point, active where ``prefect.toml`` enables plugins (the project folder). Stock Prefect
+only takes ``FLOW/DEPLOYMENT``. It wraps a private method of the pinned Prefect; ``tests/flows`` checks that it works.
 """
 
 from __future__ import annotations

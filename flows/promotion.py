@@ -1,4 +1,4 @@
-"""Moves the registry's aliases after a pipeline: ``candidate``, ``champion`` and ``edge-stable``, each through a gate."""
+"""Moves the registry's aliases after a pipeline (``candidate``, ``champion``, ``edge-stable``), each through a gate."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Runs stages in order, skipping what is finished and saying why anything is not.
 
-``Runner(recipe, root).run_stage(stage)`` builds one artefact; ``flows.pipeline`` runs them in order, with or without Prefect.
+``Runner(recipe, root).run_stage(stage)`` builds one artefact; ``flows.pipeline`` runs them in order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 
@@ -30,9 +30,11 @@ from components.artifacts import (
     read_manifest,
 )
 from components.artifacts.manifest import code_revision, collect_files
-from flows.recipes import Recipe
 from flows.stage_process import EXIT_USER_ERROR
 from flows.stages import STAGES, Stage, stage_named
+
+if TYPE_CHECKING:
+    from flows.recipes import Recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5

@@ -1,7 +1,7 @@
 """Sends artefacts' manifests and metric series to MLflow.
 
-``MlflowTracker`` is the runner's observer: it reads manifests and ``metrics.jsonl`` only, so no stage has to remember to
-report. A stage that is resumed continues its run, found again by the artefact's fingerprint.
+``MlflowTracker`` is the runner's observer: it reads manifests and ``metrics.jsonl`` only, so no stage has to remember
+to report. A stage that is resumed continues its run, found again by the artefact's fingerprint.
 """
 
 from __future__ import annotations

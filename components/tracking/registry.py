@@ -18,7 +18,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".onnx")
 class ModelRegistry:
     """LoggedModels and the registered model of one pipeline.
 
-    Weights are referenced by path and SHA-256, not copied: they may be large, and the manifest already vouches for them.
+    Weights are referenced by path and SHA-256, not copied: they may be large, and the manifest vouches for them.
     """
 
     def __init__(self, client: MlflowClient, experiment_id: str, name: str) -> None:
@@ -107,6 +107,9 @@ class ModelRegistry:
             self._client.set_registered_model_alias(self.name, alias, version)
         else:
             assert holder is not None and previous is not None
-            reason = f"{alias} stays at version {holder.version}: {metric} {previous:.4g}, version {version} has {value:.4g}"
+            reason = (
+                f"{alias} stays at version {holder.version}: {metric} {previous:.4g}, "
+                f"version {version} has {value:.4g}"
+            )
         self._client.set_model_version_tag(self.name, version, f"gate.{alias}", reason)
         return reason

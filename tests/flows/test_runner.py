@@ -1,0 +1,162 @@
+"""The runner against real stage processes: skipping, staleness, crashes, races and damage."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components.artifacts import ArtifactError, StageError, read_manifest
+from tests.flows.conftest import TOY_STAGES
+
+
+def build_all(runner):
+    return {stage.name: runner.run_stage(stage) for stage in TOY_STAGES}
+
+
+def test_a_second_run_finds_everything_finished(toy):
+    first = build_all(toy())
+    assert not any(outcome.cached for outcome in first.values())
+    assert (first["third"].folder / "data.txt").read_text() == "first=1;second=1;aside=1;third=1;"
+    assert not list(first["third"].folder.glob(".*")), "scratch must not outlive the stage"
+    again = build_all(toy())
+    assert all(outcome.cached for outcome in again.values())
+    manifest = again["first"].manifest
+    assert manifest.metrics == {"value": 1.0, "attempts": 1.0}
+    assert manifest.notes == ["a note"]
+    assert set(manifest.files) == {"data.txt", "metrics.jsonl"}
+    assert manifest.peak_memory_bytes > 0
+
+
+def test_one_changed_field_reruns_exactly_its_dependants_and_names_the_field(toy):
+    build_all(toy())
+    changed = toy(second={"value": 2})
+    plan = {entry.stage.name: entry for entry in changed.plan(TOY_STAGES)}
+    assert {name for name, entry in plan.items() if not entry.finished} == {"second", "third"}
+    assert plan["second"].reasons == ("second.value: 1 -> 2",)
+    assert plan["third"].reasons == ("parent second changed",)
+    outcomes = build_all(changed)
+    assert {name for name, outcome in outcomes.items() if not outcome.cached} == {"second", "third"}
+    back = build_all(toy())
+    assert all(outcome.cached for outcome in back.values()), "going back must cost nothing"
+
+
+def test_a_new_stage_version_makes_its_artefact_stale(toy, monkeypatch):
+    build_all(toy())
+    monkeypatch.setattr("tests.flows.toy_stages.VERSION", 2)
+    reasons = toy().plan(TOY_STAGES)[0].reasons
+    assert reasons == ("stage version 1 -> 2",)
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("fail", "first: the value 7 is wrong; allowed are 1 to 5"),
+        ("full_disk", "no room left while stage first was writing shard.ds"),
+        ("crash", "the stage's process failed"),
+        ("die", "killed by signal 9"),
+    ],
+)
+def test_a_failed_stage_gives_one_sentence_and_no_manifest_and_keeps_its_progress(toy, flag, sentence):
+    runner = toy(first={flag: True})
+    with pytest.raises(StageError, match=sentence):
+        runner.run_stage(TOY_STAGES[0])
+    folder = runner.store.folder(runner.identity(TOY_STAGES[0]))
+    assert read_manifest(folder) is None
+    assert (folder / ".work" / "attempts").read_text() == "x"
+    with pytest.raises(StageError):
+        toy(first={flag: True}).run_stage(TOY_STAGES[0])
+    assert (folder / ".work" / "attempts").read_text() == "xx", (
+        "the second attempt gets the first one's folder"
+    )
+
+
+def _run_first(make, parts, results):
+    try:
+        results.put(make(**parts).run_stage(TOY_STAGES[0]).cached)
+    except BaseException as error:
+        results.put(repr(error))
+
+
+def test_two_runners_do_the_work_once(toy, tmp_path):
+    gate = tmp_path / "go"
+    parts = {"first": {"wait_for": str(gate)}}
+    results: multiprocessing.Queue = multiprocessing.get_context("fork").Queue()
+    threads = [threading.Thread(target=_run_first, args=(toy, parts, results)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.8)
+    gate.touch()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(results.get(timeout=5) for _ in threads) == [False, True, True]
+    runner = toy(**parts)
+    assert runner.run_stage(TOY_STAGES[0]).manifest.metrics["attempts"] == 1
+
+
+def _wait_for(path: Path) -> str:
+    deadline = time.monotonic() + 30
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_kill_9_of_the_runner_takes_the_stage_along_and_the_same_command_goes_on(toy, tmp_path):
+    gate = tmp_path / "go"
+    parts = {"first": {"wait_for": str(gate)}}
+    runner = toy(**parts)
+    folder = runner.store.folder(runner.identity(TOY_STAGES[0]))
+    child = os.fork()
+    if child == 0:
+        runner.run_stage(TOY_STAGES[0])
+        os._exit(0)
+    stage_pid = int(_wait_for(folder / "started"))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(stage_pid) and psutil.Process(stage_pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the stage outlived its runner"
+        time.sleep(0.02)
+    assert read_manifest(folder) is None
+    gate.touch()
+    outcome = toy(**parts).run_stage(TOY_STAGES[0])
+    assert not outcome.cached
+    assert outcome.manifest.metrics["attempts"] == 2
+
+
+def test_a_damaged_parent_stops_the_run_with_one_sentence_and_can_be_set_aside(toy):
+    outcomes = build_all(toy())
+    shard = outcomes["first"].folder / "data.txt"
+    good = shard.read_text()
+    shard.write_text(good.replace("first", "worst"))
+    runner = toy(second={"value": 2})
+    with pytest.raises(
+        ArtifactError, match=r"stage first .*data.txt does not match its SHA-256.*--rebuild first"
+    ):
+        runner.run_stage(TOY_STAGES[1])
+    shard.write_text(good[:-3])
+    with pytest.raises(ArtifactError, match=r"data.txt has 5 bytes, the manifest says 8"):
+        toy().plan(TOY_STAGES)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match=r"data.txt is missing"):
+        toy().plan(TOY_STAGES)
+    repaired = toy()
+    repaired.rebuild = ["first"]
+    assert not repaired.run_stage(TOY_STAGES[0]).cached
+    assert shard.read_text() == good
+    assert len(list(shard.parent.parent.glob("*.aside-1"))) == 1, "nothing may be lost"
+
+
+def test_a_torn_manifest_is_named(toy):
+    outcome = toy().run_stage(TOY_STAGES[0])
+    path = outcome.folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ArtifactError, match=r"manifest.json is not a valid manifest"):
+        toy().plan(TOY_STAGES)

@@ -1,0 +1,37 @@
+"""Small real stages that the runner's tests run in processes of their own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+from components.artifacts import StageContext, StageError
+
+VERSION = 1
+
+
+def run(context: StageContext) -> dict[str, float]:
+    config = context.config
+    attempts = context.scratch / "attempts"
+    with attempts.open("a") as handle:
+        handle.write("x")
+    if config.get("fail"):
+        raise StageError("the value 7 is wrong; allowed are 1 to 5")
+    if config.get("crash"):
+        raise ZeroDivisionError("a defect")
+    if config.get("full_disk"):
+        raise RuntimeError("writer failed") from OSError(errno.ENOSPC, "No space left on device", "shard.ds")
+    if config.get("die"):
+        os.kill(os.getpid(), 9)
+    for step in range(3):
+        context.log_metrics({"loss": 3.0 - step}, step)
+    if signal := config.get("wait_for"):
+        (context.out / "started").write_text(str(os.getpid()))
+        while not Path(signal).exists():
+            time.sleep(0.02)
+    parents = "".join((path / "data.txt").read_text() for path in context.inputs.values())
+    (context.out / "data.txt").write_text(f"{parents}{context.stage}={config['value']};")
+    context.note("a note")
+    return {"value": config["value"], "attempts": attempts.stat().st_size}
