@@ -1,0 +1,19 @@
+"""The ``posttrain`` stage: SFT on ChatML dialogues. See ``docs/posttraining.md``."""
+
+from components.artifacts import StageContext
+
+VERSION = 1
+
+
+def run(context: StageContext) -> dict[str, float]:
+    """Fine-tune pretrain's last stage on synthesize's dialogues; returns headline metrics.
+
+    Raises:
+        StageError: an input is missing or malformed, or training diverges.
+    """
+    from components.posttraining.stage import run as run_stage  # torch is slow to import
+
+    return run_stage(context)
+
+
+__all__ = ["VERSION", "run"]
