@@ -11,7 +11,9 @@ construction, whatever the seeds.
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+import warnings
+from collections.abc import Iterable
+from typing import Any, Final
 
 Message = dict[str, str]
 
@@ -84,19 +86,26 @@ def arithmetic_messages(question: str, answer: str | None = None) -> list[Messag
     return _chat(arithmetic_question(question), answer)
 
 
+def generated_items(name: str, seed: int, size: int, **settings: object) -> Iterable[dict[str, Any]]:
+    """Items of a reasoning_gym data set: ``question``, ``answer`` and ``metadata``; item i from ``seed + i``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # in the sources of one of its dependencies
+        import reasoning_gym  # type: ignore[import-untyped]  # here: slow to import
+
+    items: Iterable[dict[str, Any]] = reasoning_gym.create_dataset(name, seed=seed, size=size, **settings)
+    return items
+
+
 def arithmetic_problems(seed: int, size: int) -> list[tuple[str, str]]:
     """``size`` sums and differences of two numbers of one or two digits: ``("15 - 43", "-28")``.
 
     Made by reasoning_gym's ``chain_sum``; about 16 000 distinct expressions exist, so repeats occur.
     Training keeps those with ``not is_reserved(expression)``.
     """
-    import reasoning_gym  # type: ignore[import-untyped]  # here: slow to import
-
-    data = reasoning_gym.create_dataset(
-        "chain_sum", seed=seed, size=size, min_terms=2, max_terms=2, min_digits=1, max_digits=2
-    )
     problems: list[tuple[str, str]] = []
-    for item in data:
+    for item in generated_items(
+        "chain_sum", seed, size, min_terms=2, max_terms=2, min_digits=1, max_digits=2
+    ):
         expression = item["question"].rsplit(":", 1)[1].strip().removesuffix("=").strip()
         problems.append((expression, item["answer"]))
     return problems
