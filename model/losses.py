@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_LABEL = -100
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy with its gradient computed alongside, a few rows at a time so that they stay in cache.
+
+    The plain formulation makes four passes over float32 copies of the logits (256 MiB at 4096 x 4096), most of
+    whose time goes into page faults on a CPU.
+    """
+
+    _CHUNK_BYTES = 1 << 20
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:  # type: ignore[override]
+        rows = max(1, _ChunkedCrossEntropy._CHUNK_BYTES // (4 * logits_TV.shape[1]))
+        gradient_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
+        keep_T = targets_T != IGNORED_LABEL
+        index_T1 = targets_T.where(keep_T, 0)[:, None]
+        weight_T = keep_T.float() / keep_T.sum().clamp(min=1)
+        total = torch.zeros(())
+        for start in range(0, logits_TV.shape[0], rows):
+            chunk_tV = logits_TV[start : start + rows].float()
+            index_t1, weight_t = index_T1[start : start + rows], weight_T[start : start + rows]
+            chosen_t1 = chunk_tV.gather(1, index_t1)
+            normaliser_t1 = torch.logsumexp(chunk_tV, dim=1, keepdim=True)
+            total += ((normaliser_t1 - chosen_t1)[:, 0] * weight_t).sum()
+            if gradient_TV is not None:
+                gradient_tV = torch.sub(chunk_tV, normaliser_t1).exp_().mul_(weight_t[:, None])
+                gradient_tV.scatter_add_(1, index_t1, -weight_t[:, None])
+                gradient_TV[start : start + rows] = gradient_tV
+        ctx.gradient_TV = gradient_TV
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient_TV, ctx.gradient_TV = ctx.gradient_TV, None
+        if gradient_TV is None:
+            raise RuntimeError("The cross-entropy's gradient was already used; it cannot be taken twice.")
+        return gradient_TV if scale.item() == 1.0 else gradient_TV.mul_(scale), None
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
@@ -31,9 +70,11 @@ def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, documents_BT: Tensor 
         crosses_BT = documents_BT[:, 1:] != documents_BT[:, :-1]
         targets_BT = targets_BT.masked_fill(crosses_BT | (documents_BT[:, 1:] < 0), IGNORED_LABEL)
     targets = F.pad(targets_BT, (0, 1), value=IGNORED_LABEL).reshape(-1)
-    total = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets, ignore_index=IGNORED_LABEL, reduction="sum"
-    )
+    logits = logits_BTV.flatten(0, 1)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        loss: Tensor = _ChunkedCrossEntropy.apply(logits, targets)
+        return loss
+    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
     return total / (targets != IGNORED_LABEL).sum().clamp(min=1)
 
 

@@ -8,7 +8,7 @@ Legend: B batch, Q query tokens, S key tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -26,6 +26,20 @@ class LayerMask:
 
     allowed: Tensor | None
     is_causal: bool
+    _memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def additive(self, queries: int, keys: int, like: Tensor) -> Tensor:
+        """The mask as ``[B or 1, 1, Q, S]`` of 0 and -inf in the dtype of ``like``."""
+        if "additive" not in self._memo:
+            allowed = self.allowed
+            if allowed is None:
+                allowed = torch.ones(queries, keys, dtype=torch.bool, device=like.device)
+                if self.is_causal:
+                    allowed = allowed.tril()
+                allowed = allowed[None, None]
+            zero = torch.zeros((), dtype=like.dtype, device=like.device)
+            self._memo["additive"] = torch.where(allowed, zero, float("-inf"))
+        return self._memo["additive"]
 
 
 @lru_cache(maxsize=16)
