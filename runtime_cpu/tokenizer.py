@@ -123,6 +123,9 @@ class Tokenizer:
                 f"the vocabulary lacks {len(missing)} of the 256 bytes, first 0x{missing[0]:02x}"
             )
 
+        for left, right in merges:
+            if left + right in added:
+                raise TokenizerError(f"the merge {left!r} {right!r} makes the special token {left + right!r}")
         self._user_defined = {text: i for text, i in added.items() if text not in self.control_tokens}
         self._plain = self._build(vocabulary, merges, self._user_defined)
         self._special = self._build(vocabulary, merges, added) if self.control_tokens else self._plain
@@ -135,12 +138,7 @@ class Tokenizer:
     def _build(
         vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, int]
     ) -> tokenizers.Tokenizer:
-        # Added tokens get their ids from the model's vocabulary when it knows them. No merge may produce one.
-        for left, right in merges:
-            if left + right in added:
-                raise TokenizerError(
-                    f"the merge {left!r} {right!r} produces the special token {left + right!r}"
-                )
+        # Added tokens get their ids from the model's vocabulary.
         try:
             model = models.BPE(vocab={**vocabulary, **added}, merges=list(merges))
         except Exception as error:  # the library raises plain Exception for merges outside the vocabulary

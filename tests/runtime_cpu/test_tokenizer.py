@@ -1,0 +1,159 @@
+"""The tokenizer: the same ids as the tokenizer it came from, harmless user text, whole characters only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime_cpu.tokenizer import Tokenizer, TokenizerError
+from tests.runtime_cpu.gguf_vocabulary import CONTROL, CORPUS, USER_DEFINED, read_metadata, train, write_gguf
+
+pieces = st.one_of(
+    st.text(max_size=30),
+    st.text(st.characters(categories=["Lo"], min_codepoint=0x4E00, max_codepoint=0x9FFF), max_size=10),
+    st.text(st.sampled_from("\u0000\u0007\t\r\n\u200d\ufeff\u0301\u0327 \u00a0\u3000"), max_size=10),
+    st.text(st.sampled_from("🎉👩👨\u200d🏽🇨🇳❤️"), max_size=8),
+    st.sampled_from([*CORPUS, *CONTROL, *USER_DEFINED, "<|im_", "end|>", "'LL", "  \n\n ", "e\u0301", "①²½"]),
+)
+texts = st.lists(pieces, max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def origin() -> tokenizers.Tokenizer:
+    return train()
+
+
+@pytest.fixture(scope="module")
+def metadata(origin: tokenizers.Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path: Path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.gguf"
+    write_gguf(path, origin)
+    return read_metadata(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    return Tokenizer.from_metadata(metadata)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=texts)
+def test_ids_equal_those_of_the_origin(origin: tokenizers.Tokenizer, tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode(text, parse_special=True) == origin.encode(text, add_special_tokens=False).ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+def test_user_text_makes_no_control_tokens(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert not any(tokenizer.is_control(token_id) for token_id in ids)
+    import unicodedata
+
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=texts)
+def test_plain_text_has_the_same_ids_either_way(tokenizer: Tokenizer, text: str) -> None:
+    for control in CONTROL:
+        text = text.replace(control, "")
+    if not any(control in text for control in CONTROL):
+        assert tokenizer.encode(text) == tokenizer.encode(text, parse_special=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_stream_gives_whole_characters_and_the_same_text(
+    origin: tokenizers.Tokenizer, tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    ids = data.draw(st.lists(st.integers(0, origin.get_vocab_size() - 1), max_size=40))
+    stream = tokenizer.stream(skip_control=False)
+    streamed = [stream.push(token_id) for token_id in ids] + [stream.finish()]
+    assert "".join(streamed) == tokenizer.decode(ids) == origin.decode(ids, skip_special_tokens=False)
+
+
+def test_stream_holds_a_character_until_it_is_whole(tokenizer: Tokenizer) -> None:
+    stream = tokenizer.stream()
+    ids = [byte_id for byte in "🎉".encode() for byte_id in [_byte_id(tokenizer, byte)]]
+    assert [stream.push(token_id) for token_id in ids] == ["", "", "", "🎉"]
+    assert stream.push(ids[0]) == ""
+    assert stream.finish() == "\ufffd"
+    assert stream.finish() == ""
+
+
+def test_stream_hides_control_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a<|im_end|>b", parse_special=True)
+    stream = tokenizer.stream()
+    assert "".join(map(stream.push, ids)) == "ab"
+    assert tokenizer.decode(ids, skip_control=True) == "ab"
+
+
+def test_lone_surrogates_do_not_raise(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a?b"
+
+
+def test_stop_ids_and_sizes(tokenizer: Tokenizer, origin: tokenizers.Tokenizer) -> None:
+    assert tokenizer.stop_ids == {origin.token_to_id("<|endoftext|>"), origin.token_to_id("<|im_end|>")}
+    assert tokenizer.vocab_size == origin.get_vocab_size() + 8
+    assert tokenizer.encode("") == []
+    with pytest.raises(TokenizerError, match="outside the vocabulary"):
+        tokenizer.token_bytes(tokenizer.vocab_size)
+    with pytest.raises(TokenizerError, match="outside the vocabulary"):
+        tokenizer.decode([-1])
+
+
+def test_bos_is_added_as_the_file_says(metadata: dict[str, Any]) -> None:
+    with_bos = Tokenizer.from_metadata({**metadata, "tokenizer.ggml.add_bos_token": True})
+    assert with_bos.encode("a")[0] == with_bos.bos_id
+    assert with_bos.encode("a", add_bos=False)[0] != with_bos.bos_id
+
+
+def change(key: str, value: Any) -> dict[str, Any]:
+    return {f"tokenizer.ggml.{key}": value}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (change("model", "llama"), "tokenizer.ggml.model is 'llama'"),
+        (change("model", None), "has no tokenizer.ggml.model"),
+        (change("model", 3), "should be str"),
+        (change("pre", "llama-bpe"), "tokenizer.ggml.pre is 'llama-bpe'"),
+        (change("tokens", None), "has no tokenizer.ggml.tokens"),
+        (change("tokens", [1, 2]), r"tokenizer.ggml.tokens\[0\] should be text"),
+        (change("merges", ["ab"]), r"tokenizer.ggml.merges\[0\] is 'ab'"),
+        (change("merges", ["a b c"]), r"tokenizer.ggml.merges\[0\]"),
+        (change("merges", ["a ž"]), "do not fit"),
+        (change("merges", ["<|im_ end|>"]), "special token"),
+        (change("token_type", [1]), "token_type has 1 entries"),
+        (change("eos_token_id", 10**6), "eos_token_id is 1000000"),
+        (change("eos_token_id", "x"), "should be an integer"),
+        (change("bos_token_id", -1), "bos_token_id is -1"),
+    ],
+)
+def test_malformed_metadata_is_named(metadata: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    values = {key: value for key, value in {**metadata, **changed}.items() if value is not None}
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_metadata(values)
+
+
+def test_a_vocabulary_that_cannot_spell_every_byte_is_refused(metadata: dict[str, Any]) -> None:
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[tokens.index("q")] = "qq"
+    with pytest.raises(TokenizerError, match="lacks 1 of the 256 bytes, first 0x71"):
+        Tokenizer.from_metadata({**metadata, **change("tokens", tokens), **change("merges", [])})
+
+
+def test_a_repeated_token_is_refused(metadata: dict[str, Any]) -> None:
+    tokens = list(metadata["tokenizer.ggml.tokens"])
+    tokens[300] = tokens[299]
+    with pytest.raises(TokenizerError, match="occurs twice, as 299 and 300"):
+        Tokenizer.from_metadata({**metadata, **change("tokens", tokens)})
+
+
+def _byte_id(tokenizer: Tokenizer, byte: int) -> int:
+    return next(i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) == bytes([byte]))
