@@ -1,0 +1,39 @@
+#include "kernels.hpp"
+
+namespace smallthinker {
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> result{&reference_table()};
+#if defined(SMALLTHINKER_X86)
+  const auto has = [](int supported) { return supported != 0; };
+  if (has(__builtin_cpu_supports("avx2")) && has(__builtin_cpu_supports("fma")) &&
+      has(__builtin_cpu_supports("f16c"))) {
+    result.push_back(&avx2_table());
+    static const Kernels avx512 = [] {
+      Kernels table = avx2_table();
+      table.name = "avx512";
+      table.matmul = avx512_matmul;
+      return table;
+    }();
+    if (has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
+        has(__builtin_cpu_supports("avx512vl")) && has(__builtin_cpu_supports("avx512dq")) &&
+        has(__builtin_cpu_supports("avx512vnni"))) {
+      result.push_back(&avx512);
+    }
+  }
+#endif
+  return result;
+}
+
+const Kernels& select_kernels(const std::string& name) {
+  const auto offered = available_kernels();
+  if (name == "auto") return *offered.back();
+  std::string names = "auto";
+  for (const Kernels* kernels : offered) {
+    if (name == kernels->name) return *kernels;
+    names += std::string(", ") + kernels->name;
+  }
+  throw EngineError("there are no kernels '" + name + "' on this machine; allowed are " + names);
+}
+
+}  // namespace smallthinker

@@ -1,0 +1,77 @@
+// The kernels as one table of functions; one file per instruction set fills it.
+//
+//   const Kernels& k = select_kernels("auto");
+//   k.matmul(matrix, row_begin, row_end, activations, tokens, out, stride);
+//
+// To add an instruction set: write kernels_<name>.cpp with a table, name it in kernels.cpp (which asks the
+// processor first, and is itself compiled for the oldest one) and in CMakeLists.txt. The tests find it by
+// available_kernels().
+//
+// Promise of every kernel: the result of one (row, token) pair depends on that row and that token only, never
+// on how many are computed together. Threads and prompt chunks therefore cannot change a bit of the output.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tensor.hpp"
+
+namespace smallthinker {
+
+// Keys or values of consecutive positions: `count` rows of `head_dim`, one after the other.
+struct KvRows {
+  const void* data = nullptr;
+  bool half = false;  // F16, else F32
+  std::int64_t count = 0;
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[t * out_stride + (r - row_begin)] = dot(row r of `expert`, token t) for r in [row_begin, row_end).
+  void (*matmul)(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
+                 const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+
+  // q = round(x / scale), scale = max|x| / 32767 per block of 32; `size` is a multiple of 32.
+  void (*quantise)(const float* x, std::int64_t size, std::int16_t* q, float* scales);
+
+  // out = weight * (x / sqrt(mean(x^2) + epsilon)); returns nothing; out may be x.
+  void (*rms_norm)(const float* x, const float* weight, std::int64_t size, float epsilon, float* out);
+
+  // Half-rotation (NeoX): dimension i pairs with i + size / 2; cosines and sines [size / 2].
+  void (*rotate)(float* x, std::int64_t size, const float* cosines, const float* sines);
+
+  // scores[g * score_stride + j] = scale * dot(q row g, key j).
+  void (*attention_scores)(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                           float scale, float* scores, std::int64_t score_stride);
+
+  // x[i] = exp(x[i] - shift) in place; returns their sum.
+  float (*exp_sum)(float* x, std::int64_t size, float shift);
+
+  // out row g += sum over j of weights[g * weight_stride + j] * value j.
+  void (*attention_values)(const float* weights, std::int64_t weight_stride, std::int64_t groups,
+                           std::int64_t head_dim, KvRows values, float* out);
+
+  void (*scale)(float* x, std::int64_t size, float factor);                       // x *= factor
+  void (*add_scaled)(float* x, const float* y, std::int64_t size, float factor);  // x += factor * y
+  void (*to_half)(const float* x, std::int64_t size, std::uint16_t* out);
+};
+
+const Kernels& reference_table();
+#if defined(SMALLTHINKER_X86)
+const Kernels& avx2_table();
+// The AVX-512 table is AVX2's with this product of matrices (needs F, BW, DQ, VL and VNNI).
+void avx512_matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
+                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+#endif
+
+// Those that this processor can run, slowest first.
+std::vector<const Kernels*> available_kernels();
+// "auto" takes the fastest. Throws EngineError for a name that is not available.
+const Kernels& select_kernels(const std::string& name);
+
+// A row of any storage type to fp32 (plain code: embedding rows and norms only).
+void dequantise(Type type, const std::byte* data, std::int64_t size, float* out);
+
+}  // namespace smallthinker

@@ -1,0 +1,190 @@
+// Plain scalar kernels: what every other table is tested against. Sums are kept in double precision, and
+// quantised weights meet the fp32 activations, so the only errors are those of the stored weights.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace smallthinker {
+namespace {
+
+// Layouts of the blocks: ggml-common.h (block_q4_0, block_q8_0, block_q6_K).
+void dequantise_q4_0(const std::byte* block, float* out) {
+  const float scale = half_to_float(load<std::uint16_t>(block));
+  for (int i = 0; i < 16; ++i) {
+    const int pair = std::to_integer<int>(block[2 + i]);
+    out[i] = static_cast<float>((pair & 15) - 8) * scale;
+    out[i + 16] = static_cast<float>((pair >> 4) - 8) * scale;
+  }
+}
+
+void dequantise_q8_0(const std::byte* block, float* out) {
+  const float scale = half_to_float(load<std::uint16_t>(block));
+  for (int i = 0; i < 32; ++i) out[i] = static_cast<float>(load<std::int8_t>(block + 2 + i)) * scale;
+}
+
+void dequantise_q6_k(const std::byte* block, float* out) {
+  const std::byte* low = block;
+  const std::byte* high = block + 128;
+  const std::byte* scales = block + 192;
+  const float scale = half_to_float(load<std::uint16_t>(block + 208));
+  for (int i = 0; i < 256; ++i) {
+    const int half = i / 128;
+    const int quarter = i % 128 / 32;
+    const int lane = i % 32;
+    const int nibbles = std::to_integer<int>(low[64 * half + 32 * (quarter & 1) + lane]);
+    const int upper = std::to_integer<int>(high[32 * half + lane]) >> (2 * quarter) & 3;
+    const int value = ((quarter < 2 ? nibbles & 15 : nibbles >> 4) | upper << 4) - 32;
+    out[i] = scale * static_cast<float>(load<std::int8_t>(scales + i / 16)) * static_cast<float>(value);
+  }
+}
+
+void matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
+            const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
+  std::vector<float> weights(static_cast<std::size_t>(matrix.cols));
+  for (std::int64_t r = row_begin; r < row_end; ++r) {
+    dequantise(matrix.type, matrix.row(r, expert), matrix.cols, weights.data());
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* row = x.f32_row(t);
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < matrix.cols; ++i) {
+        sum += static_cast<double>(weights[static_cast<std::size_t>(i)]) * static_cast<double>(row[i]);
+      }
+      out[t * out_stride + (r - row_begin)] = static_cast<float>(sum);
+    }
+  }
+}
+
+void quantise(const float* x, std::int64_t size, std::int16_t* q, float* scales) {
+  for (std::int64_t start = 0; start < size; start += kActivationBlock) {
+    float greatest = 0.0F;
+    bool finite = true;
+    for (std::int64_t i = 0; i < kActivationBlock; ++i) {
+      const float magnitude = std::fabs(x[start + i]);
+      finite = finite && magnitude <= std::numeric_limits<float>::max();
+      greatest = std::max(greatest, magnitude);
+    }
+    if (!finite) {  // let the damage show instead of converting it
+      scales[start / kActivationBlock] = std::numeric_limits<float>::quiet_NaN();
+      std::fill_n(q + start, kActivationBlock, std::int16_t{1});
+      continue;
+    }
+    const float scale = greatest / 32767.0F;
+    const float inverse = scale >= std::numeric_limits<float>::min() ? 32767.0F / greatest : 0.0F;
+    scales[start / kActivationBlock] = scale;
+    for (std::int64_t i = 0; i < kActivationBlock; ++i) {
+      q[start + i] = static_cast<std::int16_t>(std::nearbyint(x[start + i] * inverse));
+    }
+  }
+}
+
+void rms_norm(const float* x, const float* weight, std::int64_t size, float epsilon, float* out) {
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < size; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const auto factor =
+      static_cast<float>(1.0 / std::sqrt(sum / static_cast<double>(size) + static_cast<double>(epsilon)));
+  for (std::int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * factor);
+}
+
+void rotate(float* x, std::int64_t size, const float* cosines, const float* sines) {
+  const std::int64_t half = size / 2;
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float first = x[i];
+    const float second = x[i + half];
+    x[i] = first * cosines[i] - second * sines[i];
+    x[i + half] = second * cosines[i] + first * sines[i];
+  }
+}
+
+float kv_element(const KvRows& rows, std::int64_t index) {
+  return rows.half ? half_to_float(static_cast<const std::uint16_t*>(rows.data)[index])
+                   : static_cast<const float*>(rows.data)[index];
+}
+
+void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float scale,
+                      float* scores, std::int64_t score_stride) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t j = 0; j < keys.count; ++j) {
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < head_dim; ++i) {
+        sum += static_cast<double>(q[g * head_dim + i]) *
+               static_cast<double>(kv_element(keys, j * head_dim + i));
+      }
+      scores[g * score_stride + j] = scale * static_cast<float>(sum);
+    }
+  }
+}
+
+float exp_sum(float* x, std::int64_t size, float shift) {
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    x[i] = std::exp(x[i] - shift);
+    sum += static_cast<double>(x[i]);
+  }
+  return static_cast<float>(sum);
+}
+
+void attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
+                      std::int64_t head_dim, KvRows values, float* out) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t i = 0; i < head_dim; ++i) {
+      double sum = static_cast<double>(out[g * head_dim + i]);
+      for (std::int64_t j = 0; j < values.count; ++j) {
+        sum += static_cast<double>(weights[g * weight_stride + j]) *
+               static_cast<double>(kv_element(values, j * head_dim + i));
+      }
+      out[g * head_dim + i] = static_cast<float>(sum);
+    }
+  }
+}
+
+void scale(float* x, std::int64_t size, float factor) {
+  for (std::int64_t i = 0; i < size; ++i) x[i] *= factor;
+}
+
+void add_scaled(float* x, const float* y, std::int64_t size, float factor) {
+  for (std::int64_t i = 0; i < size; ++i) x[i] += factor * y[i];
+}
+
+void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
+  for (std::int64_t i = 0; i < size; ++i) out[i] = float_to_half(x[i]);
+}
+
+}  // namespace
+
+void dequantise(Type type, const std::byte* data, std::int64_t size, float* out) {
+  const TypeTraits& traits = traits_of(type);
+  for (std::int64_t start = 0; start < size; start += traits.block, data += traits.block_bytes) {
+    switch (type) {
+      case Type::kF32:
+        out[start] = load<float>(data);
+        break;
+      case Type::kF16:
+        out[start] = half_to_float(load<std::uint16_t>(data));
+        break;
+      case Type::kBF16:
+        out[start] = bfloat_to_float(load<std::uint16_t>(data));
+        break;
+      case Type::kQ4_0:
+        dequantise_q4_0(data, out + start);
+        break;
+      case Type::kQ8_0:
+        dequantise_q8_0(data, out + start);
+        break;
+      case Type::kQ6_K:
+        dequantise_q6_k(data, out + start);
+        break;
+    }
+  }
+}
+
+const Kernels& reference_table() {
+  static constexpr Kernels kTable = {"reference", matmul,           quantise, rms_norm,
+                                     rotate,      attention_scores, exp_sum,  attention_values,
+                                     scale,       add_scaled,       to_half};
+  return kTable;
+}
+
+}  // namespace smallthinker

@@ -1,0 +1,246 @@
+#include "model.hpp"
+
+#include <array>
+#include <cmath>
+#include <map>
+
+#include "kernels.hpp"
+
+namespace smallthinker {
+namespace {
+
+constexpr std::string_view kArchitecture = "smallthinker";
+constexpr std::int64_t kMaxLayers = 1024;
+constexpr std::int64_t kMaxWidth = 1 << 20;
+constexpr std::int64_t kMaxVocab = 1 << 24;
+constexpr std::int64_t kMaxContext = 1 << 24;
+constexpr std::int64_t kMaxExperts = 4096;
+constexpr std::int64_t kMaxHeadDim = 1024;
+constexpr std::int64_t kLlamaCppPeriod = 4;  // llama.cpp: layer i is global and NoPE when i % 4 == 0
+
+std::string key(std::string_view name) { return std::string(kArchitecture) + "." + std::string(name); }
+
+std::int64_t required(const GgufFile& file, std::string_view name, std::int64_t low, std::int64_t high) {
+  const auto value = file.integer(key(name), low, high);
+  if (!value) throw ModelFileError("the file has no " + key(name));
+  return *value;
+}
+
+float required_real(const GgufFile& file, std::string_view name, double low, double high) {
+  const auto value = file.real(key(name));
+  if (!value) throw ModelFileError("the file has no " + key(name));
+  if (!(*value >= low && *value <= high)) {
+    throw ModelFileError(key(name) + " is " + std::to_string(*value) + "; allowed is " + std::to_string(low) +
+                         " to " + std::to_string(high));
+  }
+  return static_cast<float>(*value);
+}
+
+std::vector<bool> layout(const GgufFile& file, std::string_view name, std::int64_t layers) {
+  const GgufArray* array = file.integers(key(name));
+  if (array == nullptr) return {};
+  if (array->integers.size() != static_cast<std::size_t>(layers)) {
+    throw ModelFileError(key(name) + " has " + std::to_string(array->integers.size()) +
+                         " entries; the model has " + std::to_string(layers) + " layers");
+  }
+  std::vector<bool> result;
+  for (const std::int64_t entry : array->integers) {
+    if (entry != 0 && entry != 1)
+      throw ModelFileError(key(name) + " holds " + std::to_string(entry) + "; allowed are 0 and 1");
+    result.push_back(entry == 1);
+  }
+  return result;
+}
+
+Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::string>& warnings) {
+  const auto architecture = file.text("general.architecture");
+  if (!architecture || *architecture != kArchitecture) {
+    throw ModelFileError("the file's architecture is " + printable(architecture.value_or("")) +
+                         "; this engine runs 'smallthinker'");
+  }
+  Hyperparameters hyper;
+  hyper.layers = required(file, "block_count", 1, kMaxLayers);
+  hyper.context = required(file, "context_length", 1, kMaxContext);
+  hyper.hidden = required(file, "embedding_length", 1, kMaxWidth);
+  hyper.heads = required(file, "attention.head_count", 1, kMaxWidth);
+  hyper.kv_heads = file.integer(key("attention.head_count_kv"), 1, kMaxWidth).value_or(hyper.heads);
+  if (hyper.heads % hyper.kv_heads != 0) {
+    throw ModelFileError("there are " + std::to_string(hyper.heads) + " query heads for " +
+                         std::to_string(hyper.kv_heads) +
+                         " key heads; the one has to be a multiple of the other");
+  }
+  if (const auto stated = file.integer(key("attention.key_length"), 2, kMaxHeadDim)) {
+    hyper.head_dim = *stated;
+  } else if (hyper.hidden % hyper.heads == 0 && hyper.hidden / hyper.heads <= kMaxHeadDim) {
+    hyper.head_dim = hyper.hidden / hyper.heads;
+  } else {
+    throw ModelFileError("the file has no " + key("attention.key_length"));
+  }
+  for (const char* same : {"attention.value_length", "rope.dimension_count"}) {
+    if (file.integer(key(same), 1, kMaxWidth).value_or(hyper.head_dim) != hyper.head_dim) {
+      throw ModelFileError(key(same) + " differs from the head size " + std::to_string(hyper.head_dim) +
+                           "; this architecture has them equal");
+    }
+  }
+  if (hyper.head_dim % 2 != 0) throw ModelFileError(key("attention.key_length") + " has to be even");
+  hyper.experts = required(file, "expert_count", 1, kMaxExperts);
+  hyper.experts_per_token = required(file, "expert_used_count", 1, hyper.experts);
+  if (const auto stated = file.integer(key("expert_feed_forward_length"), 1, kMaxWidth)) {
+    hyper.expert_hidden = *stated;
+  } else {
+    hyper.expert_hidden = required(file, "feed_forward_length", 1, kMaxWidth);
+  }
+  hyper.rms_epsilon = required_real(file, "attention.layer_norm_rms_epsilon", 0.0, 1.0);
+  hyper.rope_theta = required_real(file, "rope.freq_base", 1.0, 1e12);
+
+  if (const auto gating = file.integer(key("expert_gating_func"), 1, 2)) {
+    hyper.router = *gating == 1 ? Router::kSoftmax : Router::kSigmoid;
+  } else {
+    // The one converter that leaves the key out does so exactly when the router is no softmax
+    // (docs/engine.md).
+    hyper.router = Router::kSigmoid;
+    warnings.push_back("it does not say how experts are weighted (" + key("expert_gating_func") +
+                       "); taking the sigmoid, as converters that leave the key out mean it");
+  }
+
+  hyper.window = file.integer(key("attention.sliding_window"), 0, kMaxContext).value_or(0);
+  hyper.rope = layout(file, "rope_layout", hyper.layers);
+  hyper.windowed = layout(file, "sliding_window_layout", hyper.layers);
+  const bool periodic = hyper.window > 0;
+  for (std::vector<bool>* list : {&hyper.rope, &hyper.windowed}) {
+    if (!list->empty()) continue;
+    const bool is_rope = list == &hyper.rope;
+    for (std::int64_t i = 0; i < hyper.layers; ++i) {
+      list->push_back(periodic ? i % kLlamaCppPeriod != 0 : is_rope);
+    }
+  }
+  bool any_window = false;
+  for (const bool windowed : hyper.windowed) any_window = any_window || windowed;
+  if (any_window && hyper.window == 0) {
+    throw ModelFileError(key("sliding_window_layout") + " has windowed layers and " +
+                         key("attention.sliding_window") + " is missing");
+  }
+  if (!any_window) hyper.window = 0;
+  return hyper;
+}
+
+class Tensors {
+ public:
+  Tensors(const GgufFile& file, Model& model) : file_(file), model_(model) {}
+
+  bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
+
+  Matrix matrix(const std::string& name, std::int64_t cols, std::int64_t rows, std::int64_t experts = 1) {
+    const GgufTensor& tensor = take(name, {cols, rows, experts, 1});
+    return make_matrix(file_.data(tensor), tensor.type, cols, rows, experts);
+  }
+
+  // Norm weights are few: they are copied to fp32, whatever they are stored as.
+  std::vector<float> vector(const std::string& name, std::int64_t size) {
+    const GgufTensor& tensor = take(name, {size, 1, 1, 1});
+    std::vector<float> values(static_cast<std::size_t>(size));
+    dequantise(tensor.type, file_.data(tensor), size, values.data());
+    return values;
+  }
+
+  std::map<Type, std::uint64_t> bytes_by_type;
+
+ private:
+  const GgufTensor& take(const std::string& name, const std::array<std::int64_t, 4>& shape) {
+    const GgufTensor* tensor = file_.find_tensor(name);
+    if (tensor == nullptr) throw ModelFileError("the file has no tensor '" + name + "'");
+    if (tensor->shape != shape) {
+      throw ModelFileError("the tensor '" + name + "' has the shape " + format(tensor->shape) +
+                           "; the metadata ask for " + format(shape));
+    }
+    model_.weight_bytes += tensor->bytes;
+    model_.parameters += shape[0] * shape[1] * shape[2];
+    if (tensor->dimensions > 1) bytes_by_type[tensor->type] += tensor->bytes;
+    if (tensor->type != Type::kF32) model_.all_f32 = false;
+    return *tensor;
+  }
+
+  static std::string format(const std::array<std::int64_t, 4>& shape) {
+    std::string text = "{";
+    for (const std::int64_t size : shape) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+    return text + "}";
+  }
+
+  const GgufFile& file_;
+  Model& model_;
+};
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::open(const std::string& path) {
+  auto model = std::make_shared<Model>();
+  model->path = path;
+  model->mapping_ = std::make_unique<MappedFile>(path);
+  const auto bytes = model->mapping_->bytes();
+  try {
+    model->file = GgufFile::parse(bytes);
+    model->load();
+  } catch (const ModelFileError& error) {
+    throw ModelFileError(path + ": " + error.what());
+  }
+  model->file_bytes = bytes.size();
+  return model;
+}
+
+std::shared_ptr<const Model> Model::from_bytes(std::span<const std::byte> bytes) {
+  auto model = std::make_shared<Model>();
+  model->file = GgufFile::parse(bytes);
+  model->load();
+  model->file_bytes = bytes.size();
+  return model;
+}
+
+void Model::load() {
+  hyper = read_hyperparameters(file, warnings);
+  all_f32 = true;
+  Tensors tensors(file, *this);
+
+  const GgufTensor* stored = file.find_tensor("token_embd.weight");
+  if (stored == nullptr) throw ModelFileError("the file has no tensor 'token_embd.weight'");
+  hyper.vocab = stored->shape[1];
+  if (hyper.vocab > kMaxVocab)
+    throw ModelFileError("the vocabulary has " + std::to_string(hyper.vocab) +
+                         " entries; at most 16777216 are allowed");
+  if (const auto stated = file.integer(key("vocab_size"), 1, kMaxVocab); stated && *stated != hyper.vocab) {
+    throw ModelFileError(key("vocab_size") + " is " + std::to_string(*stated) +
+                         " and token_embd.weight has " + std::to_string(hyper.vocab) + " rows");
+  }
+  embedding = tensors.matrix("token_embd.weight", hyper.hidden, hyper.vocab);
+  tied = !tensors.has("output.weight");
+  head = tied ? embedding : tensors.matrix("output.weight", hyper.hidden, hyper.vocab);
+  output_norm = tensors.vector("output_norm.weight", hyper.hidden);
+
+  const std::int64_t query = hyper.heads * hyper.head_dim;
+  const std::int64_t shared = hyper.kv_heads * hyper.head_dim;
+  for (std::int64_t i = 0; i < hyper.layers; ++i) {
+    const std::string block = "blk." + std::to_string(i) + ".";
+    Layer layer;
+    layer.attention_norm = tensors.vector(block + "attn_norm.weight", hyper.hidden);
+    layer.ffn_norm = tensors.vector(block + "ffn_norm.weight", hyper.hidden);
+    layer.query = tensors.matrix(block + "attn_q.weight", hyper.hidden, query);
+    layer.key = tensors.matrix(block + "attn_k.weight", hyper.hidden, shared);
+    layer.value = tensors.matrix(block + "attn_v.weight", hyper.hidden, shared);
+    layer.output = tensors.matrix(block + "attn_output.weight", query, hyper.hidden);
+    layer.router = tensors.matrix(block + "ffn_gate_inp.weight", hyper.hidden, hyper.experts);
+    layer.gate =
+        tensors.matrix(block + "ffn_gate_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
+    layer.up = tensors.matrix(block + "ffn_up_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
+    layer.down =
+        tensors.matrix(block + "ffn_down_exps.weight", hyper.expert_hidden, hyper.hidden, hyper.experts);
+    layers.push_back(std::move(layer));
+  }
+  std::uint64_t most = 0;
+  for (const auto& [type, bytes] : tensors.bytes_by_type) {
+    if (bytes > most) {
+      most = bytes;
+      main_type = type;
+    }
+  }
+}
+
+}  // namespace smallthinker

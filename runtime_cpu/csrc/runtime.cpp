@@ -1,0 +1,423 @@
+// The forward pass (the model's specification, docs/engine.md): NoPE or RoPE and windows per layer, a router
+// that reads the raw residual stream, ReGLU experts.
+#include "runtime.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace smallthinker {
+namespace {
+
+constexpr std::int64_t kMostRows = 64;  // of a piece of work: its weights stay in the second cache
+constexpr std::int64_t kLeastRows = 8;
+
+bool any_quantised(const Model& model) {
+  for (const Layer& layer : model.layers) {
+    if (traits_of(layer.router.type).quantised) return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+bool kv_is_half(const Model& model, const std::string& kv_type) {
+  if (kv_type == "f32") return false;
+  if (kv_type == "f16") return true;
+  if (kv_type == "auto") return !model.all_f32;
+  throw EngineError("kv_type is '" + kv_type + "'; allowed are auto, f32 and f16");
+}
+
+std::size_t Scratch::lay_out(const Hyperparameters& hyper, int threads, std::int64_t chunk,
+                             std::byte* memory) {
+  std::size_t used = 0;
+  const auto take = [&]<typename T>(T*& pointer, std::int64_t count) {
+    pointer = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
+    used += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), 64));
+  };
+  const auto take_activations = [&](ActivationBuffer& buffer, std::int64_t rows, std::int64_t cols) {
+    buffer.stride = round_up(cols, kActivationBlock);
+    take(buffer.f32, rows * buffer.stride);
+    take(buffer.q, rows * buffer.stride);
+    take(buffer.scales, rows * buffer.stride / kActivationBlock);
+  };
+  const std::int64_t per_token = hyper.experts_per_token;
+  const std::int64_t all_slots = chunk * per_token;
+  const std::int64_t query_size = hyper.heads * hyper.head_dim;
+  const std::int64_t kv_size = hyper.kv_heads * hyper.head_dim;
+  const std::int64_t groups = hyper.heads / hyper.kv_heads;
+  take_activations(x, chunk, hyper.hidden);
+  take_activations(normed, chunk, hyper.hidden);
+  take_activations(attended, chunk, query_size);
+  take_activations(hidden, all_slots, hyper.expert_hidden);
+  take(query, chunk * query_size);
+  take(key, chunk * kv_size);
+  take(value, chunk * kv_size);
+  take(mixed, chunk * hyper.hidden);
+  take(router_logits, chunk * hyper.experts);
+  take(expert_weights, all_slots);
+  take(up, all_slots * hidden.stride);
+  take(down, all_slots * hyper.hidden);
+  take(cosines, chunk * (hyper.head_dim / 2));
+  take(sines, chunk * (hyper.head_dim / 2));
+  take(thread_scores, threads * groups * kKeyRun);
+  take(thread_state, threads * 2 * groups);
+  take(expert_ids, all_slots);
+  take(slots, all_slots);
+  take(slot_tokens, all_slots);
+  take(expert_begin, hyper.experts + 1);
+  return used + 64;  // room to align the start
+}
+
+Plan make_plan(const Model& model, const RuntimeOptions& options) {
+  const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
+  Scratch scratch{};
+  return {model.weight_bytes, layout.bytes(),
+          scratch.lay_out(model.hyper, options.threads, options.chunk, nullptr)};
+}
+
+Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options)
+    : model_(std::move(model)),
+      kernels_(select_kernels(options.kernels)),
+      layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
+      chunk_(options.chunk),
+      pool_(options.threads),
+      quantise_router_input_(any_quantised(*model_)) {
+  const Hyperparameters& hyper = model_->hyper;
+  memory_.resize(scratch_.lay_out(hyper, pool_.threads(), chunk_, nullptr));
+  const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
+  scratch_.lay_out(hyper, pool_.threads(), chunk_, memory_.data() + (64 - address % 64) % 64);
+  // As the model was trained: frequencies and angles in fp32.
+  for (std::int64_t i = 0; i < hyper.head_dim / 2; ++i) {
+    const double exponent = static_cast<double>(2 * i) / static_cast<double>(hyper.head_dim);
+    inverse_frequencies_.push_back(
+        static_cast<float>(std::pow(static_cast<double>(hyper.rope_theta), -exponent)));
+  }
+  reset_counters();
+}
+
+void Runtime::reset_counters() {
+  const auto layers = static_cast<std::size_t>(model_->hyper.layers);
+  counters_.neurons.assign(layers, 0);
+  counters_.active_neurons.assign(layers, 0);
+  counters_.expert_counts.assign(layers * static_cast<std::size_t>(model_->hyper.experts), 0);
+}
+
+Counters Runtime::take_counters() {
+  const std::lock_guard lock(mutex_);
+  Counters taken = std::move(counters_);
+  reset_counters();
+  return taken;
+}
+
+void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
+                      std::int64_t logit_rows) {
+  const std::lock_guard lock(mutex_);
+  const auto count = static_cast<std::int64_t>(tokens.size());
+  if (session.length() + count > layout_.context) {
+    throw EngineError("the context of " + std::to_string(layout_.context) + " tokens is full");
+  }
+  for (const std::int32_t token : tokens) {
+    if (token < 0 || token >= model_->hyper.vocab) {
+      throw EngineError("token " + std::to_string(token) + " is outside the vocabulary of " +
+                        std::to_string(model_->hyper.vocab));
+    }
+  }
+  if (logit_rows < 0 || logit_rows > count) throw EngineError("there are more rows of logits than tokens");
+  std::vector<BatchRow> rows;
+  for (std::int64_t start = 0; start < count; start += chunk_) {
+    const std::int64_t size = std::min(chunk_, count - start);
+    rows.clear();
+    for (std::int64_t i = 0; i < size; ++i) {
+      rows.push_back({&session, tokens[static_cast<std::size_t>(start + i)], session.length() + i});
+    }
+    const std::int64_t wanted = std::clamp<std::int64_t>(start + size - (count - logit_rows), 0, size);
+    session.append(tokens.data() + start, size);
+    run_batch(rows, logits, wanted);
+    if (logits != nullptr) logits += wanted * model_->hyper.vocab;
+  }
+}
+
+template <typename Work>
+void Runtime::each_row(std::int64_t rows, const Work& work) {
+  pool_.run(rows, [&](std::int64_t row, int) { work(row); });
+}
+
+void Runtime::normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row) {
+  const ActivationBuffer& to = scratch_.normed;
+  kernels_.rms_norm(from.f32 + row * from.stride, weight.data(), model_->hyper.hidden,
+                    model_->hyper.rms_epsilon, to.f32 + row * to.stride);
+  const ActivationBuffer at = to.from(row);
+  kernels_.quantise(at.f32, at.stride, at.q, at.scales);
+}
+
+void Runtime::add_tasks(const Matrix& matrix, std::int64_t expert, const Activations& x, std::int64_t tokens,
+                        float* out, std::int64_t out_stride, std::int64_t first_slot) {
+  const std::int64_t share = matrix.rows / (4 * static_cast<std::int64_t>(pool_.threads()));
+  const std::int64_t rows = std::clamp(round_up(share, kLeastRows), kLeastRows, kMostRows);
+  for (std::int64_t begin = 0; begin < matrix.rows; begin += rows) {
+    const std::int64_t end = std::min(begin + rows, matrix.rows);
+    tasks_.push_back({&matrix, expert, begin, end, x, tokens, out + begin, out_stride, first_slot, 0});
+  }
+}
+
+void Runtime::run_matmuls() {
+  pool_.run(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t piece, int) {
+    const Task& task = tasks_[static_cast<std::size_t>(piece)];
+    kernels_.matmul(*task.matrix, task.expert, task.row_begin, task.row_end, task.x, task.tokens, task.out,
+                    task.out_stride);
+  });
+  tasks_.clear();
+}
+
+void Runtime::run_batch(std::span<const BatchRow> rows, float* logits, std::int64_t logit_rows) {
+  const Hyperparameters& hyper = model_->hyper;
+  const auto tokens = static_cast<std::int64_t>(rows.size());
+  const std::int64_t pairs = hyper.head_dim / 2;
+  each_row(tokens, [&](std::int64_t i) {
+    const BatchRow& row = rows[static_cast<std::size_t>(i)];
+    dequantise(model_->embedding.type, model_->embedding.row(row.token), hyper.hidden,
+               scratch_.x.f32 + i * scratch_.x.stride);
+    for (std::int64_t j = 0; j < pairs; ++j) {
+      const float angle =
+          static_cast<float>(row.position) * inverse_frequencies_[static_cast<std::size_t>(j)];
+      scratch_.cosines[i * pairs + j] = std::cos(angle);
+      scratch_.sines[i * pairs + j] = std::sin(angle);
+    }
+  });
+  for (std::int64_t layer = 0; layer < hyper.layers; ++layer) run_layer(layer, rows);
+  if (logit_rows == 0) return;
+  const std::int64_t first = tokens - logit_rows;
+  each_row(logit_rows, [&](std::int64_t i) { normalise(scratch_.x, model_->output_norm, first + i); });
+  add_tasks(model_->head, 0, scratch_.normed.from(first).view(), logit_rows, logits, hyper.vocab);
+  run_matmuls();
+}
+
+void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
+  const Hyperparameters& hyper = model_->hyper;
+  const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
+  const auto tokens = static_cast<std::int64_t>(rows.size());
+  const std::int64_t query_size = hyper.heads * hyper.head_dim;
+  const std::int64_t kv_size = hyper.kv_heads * hyper.head_dim;
+  const std::int64_t pairs = hyper.head_dim / 2;
+  Scratch& s = scratch_;
+
+  each_row(tokens, [&](std::int64_t i) {
+    normalise(s.x, layer.attention_norm, i);
+    if (quantise_router_input_) {
+      const ActivationBuffer at = s.x.from(i);
+      kernels_.quantise(at.f32, at.stride, at.q, at.scales);
+    }
+  });
+  add_tasks(layer.query, 0, s.normed.view(), tokens, s.query, query_size);
+  add_tasks(layer.key, 0, s.normed.view(), tokens, s.key, kv_size);
+  add_tasks(layer.value, 0, s.normed.view(), tokens, s.value, kv_size);
+  // The router reads the residual stream itself, before the norm and before attention.
+  add_tasks(layer.router, 0, s.x.view(), tokens, s.router_logits, hyper.experts);
+  run_matmuls();
+
+  each_row(tokens, [&](std::int64_t i) {
+    if (hyper.rope[static_cast<std::size_t>(index)]) {
+      const float* cosines = s.cosines + i * pairs;
+      const float* sines = s.sines + i * pairs;
+      for (std::int64_t h = 0; h < hyper.heads; ++h) {
+        kernels_.rotate(s.query + i * query_size + h * hyper.head_dim, hyper.head_dim, cosines, sines);
+      }
+      for (std::int64_t h = 0; h < hyper.kv_heads; ++h) {
+        kernels_.rotate(s.key + i * kv_size + h * hyper.head_dim, hyper.head_dim, cosines, sines);
+      }
+    }
+    const BatchRow& row = rows[static_cast<std::size_t>(i)];
+    row.session->store(index, row.position, s.key + i * kv_size, s.value + i * kv_size, kernels_);
+  });
+  route(tokens);
+
+  pool_.run(tokens * hyper.kv_heads, [&](std::int64_t piece, int thread) {
+    const std::int64_t i = piece / hyper.kv_heads;
+    attend(index, rows[static_cast<std::size_t>(i)], i, piece % hyper.kv_heads, thread);
+  });
+  if (traits_of(layer.output.type).quantised) {
+    each_row(tokens, [&](std::int64_t i) {
+      const ActivationBuffer at = s.attended.from(i);
+      kernels_.quantise(at.f32, at.stride, at.q, at.scales);
+    });
+  }
+  add_tasks(layer.output, 0, s.attended.view(), tokens, s.mixed, hyper.hidden);
+  run_matmuls();
+
+  each_row(tokens, [&](std::int64_t i) {
+    kernels_.add_scaled(s.x.f32 + i * s.x.stride, s.mixed + i * hyper.hidden, hyper.hidden, 1.0F);
+    normalise(s.x, layer.ffn_norm, i);
+  });
+  experts(index, tokens);
+}
+
+// One token and one key head with the query heads that share it: softmax in one pass over runs of keys.
+void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
+                     int thread) {
+  const Hyperparameters& hyper = model_->hyper;
+  const std::int64_t groups = hyper.heads / hyper.kv_heads;
+  const std::int64_t dim = hyper.head_dim;
+  const float* query = scratch_.query + (batch_index * hyper.heads + kv_head * groups) * dim;
+  float* out = scratch_.attended.f32 + batch_index * scratch_.attended.stride + kv_head * groups * dim;
+  float* scores = scratch_.thread_scores + thread * groups * kKeyRun;
+  float* peaks = scratch_.thread_state + thread * 2 * groups;
+  float* sums = peaks + groups;
+  std::fill_n(out, groups * dim, 0.0F);
+  std::fill_n(peaks, groups, -std::numeric_limits<float>::infinity());
+  std::fill_n(sums, groups, 0.0F);
+  const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
+  const bool windowed = hyper.windowed[static_cast<std::size_t>(layer)];
+  const std::int64_t end = row.position + 1;
+  // A window of w: the token itself and the w - 1 before it.
+  std::int64_t begin = windowed ? std::max<std::int64_t>(0, end - hyper.window) : 0;
+  while (begin < end) {
+    const std::int64_t stop = std::min(end, (begin / kKeyRun + 1) * kKeyRun);
+    const std::int64_t count = stop - begin;
+    kernels_.attention_scores(query, groups, dim, row.session->keys(layer, kv_head, begin, stop), scale,
+                              scores, kKeyRun);
+    for (std::int64_t g = 0; g < groups; ++g) {
+      float* run = scores + g * kKeyRun;
+      const float peak = std::max(peaks[g], *std::max_element(run, run + count));
+      if (peak > peaks[g]) {
+        const float shrink = std::exp(peaks[g] - peak);
+        sums[g] *= shrink;
+        kernels_.scale(out + g * dim, dim, shrink);
+        peaks[g] = peak;
+      }
+      sums[g] += kernels_.exp_sum(run, count, peaks[g]);
+    }
+    kernels_.attention_values(scores, kKeyRun, groups, dim, row.session->values(layer, kv_head, begin, stop),
+                              out);
+    begin = stop;
+  }
+  for (std::int64_t g = 0; g < groups; ++g) kernels_.scale(out + g * dim, dim, 1.0F / sums[g]);
+}
+
+// Choose the k greatest logits of every token (the lower index among equals), weight them, and sort the
+// (token, expert) pairs by expert. Scores are taken over the chosen logits only.
+void Runtime::route(std::int64_t tokens) {
+  const Hyperparameters& hyper = model_->hyper;
+  const std::int64_t k = hyper.experts_per_token;
+  std::fill_n(scratch_.expert_begin, hyper.experts + 1, 0);
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    const float* logits = scratch_.router_logits + i * hyper.experts;
+    std::int32_t* ids = scratch_.expert_ids + i * k;
+    float* weights = scratch_.expert_weights + i * k;
+    for (std::int64_t n = 0; n < k; ++n) {
+      std::int32_t best = -1;
+      for (std::int32_t e = 0; e < hyper.experts; ++e) {
+        const bool taken = std::find(ids, ids + n, e) != ids + n;
+        if (!taken && (best < 0 || logits[e] > logits[best])) best = e;
+      }
+      ids[n] = best;
+    }
+    const float greatest = logits[ids[0]];
+    std::sort(ids, ids + k);
+    double sum = 0.0;
+    for (std::int64_t n = 0; n < k; ++n) {
+      const double logit = static_cast<double>(logits[ids[n]]);
+      const double score = hyper.router == Router::kSoftmax ? std::exp(logit - static_cast<double>(greatest))
+                                                            : 1.0 / (1.0 + std::exp(-logit));
+      weights[n] = static_cast<float>(score);
+      sum += score;
+    }
+    sum = std::max(sum, std::numeric_limits<double>::min());
+    for (std::int64_t n = 0; n < k; ++n) {
+      weights[n] = static_cast<float>(static_cast<double>(weights[n]) / sum);
+      ++scratch_.expert_begin[ids[n] + 1];
+    }
+  }
+  for (std::int64_t e = 0; e < hyper.experts; ++e) scratch_.expert_begin[e + 1] += scratch_.expert_begin[e];
+  std::vector<std::int32_t> next(scratch_.expert_begin, scratch_.expert_begin + hyper.experts);
+  for (std::int64_t i = 0; i < tokens * k; ++i) {
+    const std::int32_t slot = next[static_cast<std::size_t>(scratch_.expert_ids[i])]++;
+    scratch_.slots[i] = slot;
+    scratch_.slot_tokens[slot] = static_cast<std::int32_t>(i / k);
+  }
+}
+
+void Runtime::experts(std::int64_t index, std::int64_t tokens) {
+  const Hyperparameters& hyper = model_->hyper;
+  const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
+  const auto at = static_cast<std::size_t>(index);
+  const std::int64_t k = hyper.experts_per_token;
+  const std::int64_t all_slots = tokens * k;
+  Scratch& s = scratch_;
+
+  for (std::int64_t e = 0; e < hyper.experts; ++e) {
+    const std::int64_t first = s.expert_begin[e];
+    const std::int64_t count = s.expert_begin[e + 1] - first;
+    if (count == 0) continue;
+    counters_.expert_counts[at * static_cast<std::size_t>(hyper.experts) + static_cast<std::size_t>(e)] +=
+        static_cast<std::uint64_t>(count);
+    add_tasks(layer.gate, e, s.normed.view(s.slot_tokens + first), count, s.hidden.from(first).f32,
+              s.hidden.stride, first);
+  }
+  pool_.run(static_cast<std::int64_t>(tasks_.size()),
+            [&](std::int64_t piece, int) { gate_and_up(layer, tasks_[static_cast<std::size_t>(piece)]); });
+  for (const Task& task : tasks_) counters_.active_neurons[at] += task.active;
+  counters_.neurons[at] += static_cast<std::uint64_t>(all_slots * hyper.expert_hidden);
+  tasks_.clear();
+
+  if (traits_of(layer.down.type).quantised) {
+    each_row(all_slots, [&](std::int64_t slot) {
+      const ActivationBuffer row = s.hidden.from(slot);
+      kernels_.quantise(row.f32, row.stride, row.q, row.scales);
+    });
+  }
+  for (std::int64_t e = 0; e < hyper.experts; ++e) {
+    const std::int64_t first = s.expert_begin[e];
+    const std::int64_t count = s.expert_begin[e + 1] - first;
+    if (count == 0) continue;
+    add_tasks(layer.down, e, s.hidden.from(first).view(), count, s.down + first * hyper.hidden, hyper.hidden);
+  }
+  run_matmuls();
+
+  // In ascending order of the experts, whatever the batch: the order of the sum is part of the result.
+  each_row(tokens, [&](std::int64_t i) {
+    float* sum = s.mixed + i * hyper.hidden;
+    std::fill_n(sum, hyper.hidden, 0.0F);
+    for (std::int64_t n = 0; n < k; ++n) {
+      kernels_.add_scaled(sum, s.down + s.slots[i * k + n] * hyper.hidden, hyper.hidden,
+                          s.expert_weights[i * k + n]);
+    }
+    kernels_.add_scaled(s.x.f32 + i * s.x.stride, sum, hyper.hidden, 1.0F);
+  });
+}
+
+// relu(gate) * up for some neurons of one expert. With a single token the up rows of silent neurons are not
+// read.
+void Runtime::gate_and_up(const Layer& layer, Task& task) {
+  kernels_.matmul(layer.gate, task.expert, task.row_begin, task.row_end, task.x, task.tokens, task.out,
+                  task.out_stride);
+  const std::int64_t rows = task.row_end - task.row_begin;
+  float* up = scratch_.up + task.first_slot * scratch_.hidden.stride + task.row_begin;
+  if (task.tokens == 1) {
+    for (std::int64_t begin = 0; begin < rows;) {
+      if (!(task.out[begin] > 0.0F)) {
+        ++begin;
+        continue;
+      }
+      std::int64_t end = begin + 1;
+      while (end < rows && task.out[end] > 0.0F) ++end;
+      kernels_.matmul(layer.up, task.expert, task.row_begin + begin, task.row_begin + end, task.x, 1,
+                      up + begin, task.out_stride);
+      begin = end;
+    }
+  } else {
+    kernels_.matmul(layer.up, task.expert, task.row_begin, task.row_end, task.x, task.tokens, up,
+                    task.out_stride);
+  }
+  for (std::int64_t t = 0; t < task.tokens; ++t) {
+    float* gate = task.out + t * task.out_stride;
+    const float* other = up + t * task.out_stride;
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const bool active = gate[r] > 0.0F;
+      task.active += active ? 1U : 0U;
+      gate[r] = active ? gate[r] * other[r] : 0.0F;
+    }
+  }
+}
+
+}  // namespace smallthinker

@@ -1,0 +1,144 @@
+// Running a model: threads, scratch memory and the forward pass.
+//
+//   Runtime runtime(model, {.threads = 2, .context = 4096});
+//   Session session(runtime.kv_layout());
+//   runtime.forward(session, tokens, logits, 1);     // appends the tokens; logits of the last one
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "model.hpp"
+#include "session.hpp"
+#include "thread_pool.hpp"
+
+namespace smallthinker {
+
+struct RuntimeOptions {
+  int threads = 1;
+  std::int64_t context = 512;
+  std::int64_t chunk = 128;  // tokens computed together
+  std::string kernels = "auto";
+  std::string kv_type = "auto";  // "f32", "f16"
+};
+
+// Whether keys and values are stored as F16.
+bool kv_is_half(const Model& model, const std::string& kv_type);
+
+// What a runtime will allocate, in bytes.
+struct Plan {
+  std::uint64_t weight_bytes = 0;
+  std::uint64_t kv_bytes_per_session = 0;
+  std::uint64_t scratch_bytes = 0;
+};
+Plan make_plan(const Model& model, const RuntimeOptions& options);
+
+struct Counters {
+  std::vector<std::uint64_t> neurons;         // per layer: computed
+  std::vector<std::uint64_t> active_neurons;  // per layer: with a gate above zero
+  std::vector<std::uint64_t> expert_counts;   // [layers][experts]
+};
+
+// One token of a batch. Rows of different sessions may share a batch: only attention looks at the session.
+struct BatchRow {
+  Session* session = nullptr;
+  std::int32_t token = 0;
+  std::int64_t position = 0;
+};
+
+// A row-major fp32 buffer and its 16-bit form.
+struct ActivationBuffer {
+  float* f32 = nullptr;
+  std::int16_t* q = nullptr;
+  float* scales = nullptr;
+  std::int64_t stride = 0;
+
+  Activations view(const std::int32_t* index = nullptr) const { return {f32, q, scales, stride, index}; }
+  ActivationBuffer from(std::int64_t row) const {
+    return {f32 + row * stride, q + row * stride, scales + row * (stride / kActivationBlock), stride};
+  }
+};
+
+// Everything that a forward pass over `chunk` tokens writes. The same code lays it out and measures it.
+struct Scratch {
+  ActivationBuffer x, normed, attended, hidden;    // residual stream; after a norm; attention; experts
+  float *query, *key, *value, *mixed;              // [chunk][...]; mixed: output of attention or experts
+  float *router_logits, *expert_weights;           // [chunk][experts], [chunk][k]
+  float *up, *down;                                // [chunk * k][...]
+  float *cosines, *sines;                          // [chunk][head_dim / 2]
+  float *thread_scores, *thread_state;             // per thread: [groups][kKeyRun], [2][groups]
+  std::int32_t *expert_ids, *slots, *slot_tokens;  // [chunk][k], [chunk][k], [chunk * k]
+  std::int32_t* expert_begin;                      // [experts + 1]
+
+  // With no memory: only measures. Returns the bytes.
+  std::size_t lay_out(const Hyperparameters& hyper, int threads, std::int64_t chunk, std::byte* memory);
+};
+
+class Runtime {
+ public:
+  // Throws EngineError for kernels that are not available or memory that cannot be had.
+  Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options);
+
+  const Model& model() const { return *model_; }
+  const Kernels& kernels() const { return kernels_; }
+  const KvLayout& kv_layout() const { return layout_; }
+  int threads() const { return pool_.threads(); }
+
+  // Append `tokens` (any number) to `session`; `logits` [logit_rows][vocab] gets those of the last tokens.
+  // Throws EngineError when the context is full or a token is outside the vocabulary; the session is then
+  // unchanged.
+  void forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
+               std::int64_t logit_rows);
+
+  // Since the last call.
+  Counters take_counters();
+
+ private:
+  struct Task {
+    const Matrix* matrix;
+    std::int64_t expert, row_begin, row_end;
+    Activations x;
+    std::int64_t tokens;
+    float* out;  // of row_begin
+    std::int64_t out_stride;
+    std::int64_t first_slot = 0;
+    std::uint64_t active = 0;
+  };
+
+  void run_batch(std::span<const BatchRow> rows, float* logits, std::int64_t logit_rows);
+  void run_layer(std::int64_t index, std::span<const BatchRow> rows);
+  void attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
+              int thread);
+  void route(std::int64_t tokens);
+  void experts(std::int64_t layer, std::int64_t tokens);
+  void gate_and_up(const Layer& layer, Task& task);
+
+  template <typename Work>
+  void each_row(std::int64_t rows, const Work& work);
+  void normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row);
+  void add_tasks(const Matrix& matrix, std::int64_t expert, const Activations& x, std::int64_t tokens,
+                 float* out, std::int64_t out_stride, std::int64_t first_slot = 0);
+  void run_matmuls();
+  void reset_counters();
+
+  std::shared_ptr<const Model> model_;
+  const Kernels& kernels_;
+  KvLayout layout_;
+  std::int64_t chunk_;
+  ThreadPool pool_;
+  std::vector<std::byte> memory_;
+  Scratch scratch_{};
+  std::vector<Task> tasks_;
+  std::vector<float> inverse_frequencies_;
+  bool quantise_router_input_ = false;
+  Counters counters_;
+  std::mutex mutex_;
+};
+
+}  // namespace smallthinker

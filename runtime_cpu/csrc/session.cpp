@@ -1,0 +1,90 @@
+#include "session.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace smallthinker {
+
+KvLayout::KvLayout(const Hyperparameters& hyper, std::int64_t context_tokens, std::int64_t chunk,
+                   bool half_precision)
+    : context(context_tokens),
+      ring(0),
+      full(round_up(context_tokens, kKeyRun)),
+      window(hyper.window),
+      kv_heads(hyper.kv_heads),
+      head_dim(hyper.head_dim),
+      windowed(hyper.windowed),
+      half(half_precision) {
+  ring = std::min(full, round_up(window + chunk - 1, kKeyRun));
+}
+
+std::size_t KvLayout::layer_bytes(std::int64_t layer) const {
+  return 2 * static_cast<std::size_t>(capacity(layer) * kv_heads * head_dim) * element_bytes();
+}
+
+std::size_t KvLayout::bytes() const {
+  std::size_t total = 0;
+  for (std::size_t i = 0; i < windowed.size(); ++i) total += layer_bytes(static_cast<std::int64_t>(i));
+  return total;
+}
+
+Session::Session(const KvLayout& layout) : layout_(layout) {
+  std::size_t total = 0;
+  for (std::size_t i = 0; i < layout_.windowed.size(); ++i) {
+    offsets_.push_back(total);
+    total += layout_.layer_bytes(static_cast<std::int64_t>(i));
+  }
+  // Zero pages that the system hands out when they are first written: an unused context costs nothing.
+  memory_.reset(static_cast<std::byte*>(std::calloc(total, 1)));
+  if (memory_ == nullptr) {
+    throw EngineError("there is no memory for a KV cache of " + std::to_string(total) +
+                      " bytes; open with a smaller context");
+  }
+}
+
+std::int64_t Session::truncate(std::int64_t length) {
+  length = std::clamp<std::int64_t>(length, 0, this->length());
+  const std::int64_t needed = std::max<std::int64_t>(0, length - layout_.window + 1);
+  if (length != this->length() && layout_.window > 0 && needed < intact_from_) length = 0;
+  tokens_.resize(static_cast<std::size_t>(length));
+  if (length == 0) intact_from_ = 0;
+  return length;
+}
+
+void Session::append(const std::int32_t* tokens, std::int64_t count) {
+  tokens_.insert(tokens_.end(), tokens, tokens + count);
+  intact_from_ = std::max(intact_from_, length() - layout_.ring);
+}
+
+std::byte* Session::at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const {
+  const std::int64_t capacity = layout_.capacity(layer);
+  const std::int64_t index = (head * capacity + position % capacity) * layout_.head_dim;
+  const std::size_t half = value ? layout_.layer_bytes(layer) / 2 : 0;
+  return memory_.get() + offsets_[static_cast<std::size_t>(layer)] + half +
+         static_cast<std::size_t>(index) * layout_.element_bytes();
+}
+
+void Session::store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
+                    const Kernels& kernels) {
+  for (std::int64_t head = 0; head < layout_.kv_heads; ++head) {
+    for (const bool value : {false, true}) {
+      const float* from = (value ? values : keys) + head * layout_.head_dim;
+      std::byte* to = at(layer, value, head, position);
+      if (layout_.half) {
+        kernels.to_half(from, layout_.head_dim, reinterpret_cast<std::uint16_t*>(to));
+      } else {
+        std::memcpy(to, from, static_cast<std::size_t>(layout_.head_dim) * sizeof(float));
+      }
+    }
+  }
+}
+
+KvRows Session::keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {
+  return {at(layer, false, head, begin), layout_.half, end - begin};
+}
+
+KvRows Session::values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {
+  return {at(layer, true, head, begin), layout_.half, end - begin};
+}
+
+}  // namespace smallthinker

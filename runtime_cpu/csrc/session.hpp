@@ -1,0 +1,75 @@
+// The state of one sequence: its tokens and, per layer, the keys and values that later tokens may look at.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels.hpp"
+#include "model.hpp"
+
+namespace smallthinker {
+
+// Attention walks over keys in runs that start at multiples of this, so sums never depend on how a prompt was
+// cut.
+inline constexpr std::int64_t kKeyRun = 64;
+
+// How much each layer keeps. A windowed layer is a ring: its window, and room for one chunk of new tokens,
+// whose keys are written before the first of them looks back.
+struct KvLayout {
+  KvLayout(const Hyperparameters& hyper, std::int64_t context, std::int64_t chunk, bool half);
+
+  std::int64_t context;
+  std::int64_t ring;  // positions kept by a windowed layer, a multiple of kKeyRun
+  std::int64_t full;  // by the others
+  std::int64_t window;
+  std::int64_t kv_heads;
+  std::int64_t head_dim;
+  std::vector<bool> windowed;
+  bool half;
+
+  std::int64_t capacity(std::int64_t layer) const {
+    return windowed[static_cast<std::size_t>(layer)] ? ring : full;
+  }
+  std::size_t element_bytes() const { return half ? 2 : 4; }
+  std::size_t layer_bytes(std::int64_t layer) const;  // keys and values
+  std::size_t bytes() const;
+};
+
+class Session {
+ public:
+  // Throws EngineError when there is no memory.
+  explicit Session(const KvLayout& layout);
+
+  const KvLayout& layout() const { return layout_; }
+  std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
+  const std::vector<std::int32_t>& tokens() const { return tokens_; }
+
+  // Forget everything after `length` tokens; returns how many are left: 0 when a ring has already overwritten
+  // what the next token would need to see.
+  std::int64_t truncate(std::int64_t length);
+
+  void append(const std::int32_t* tokens, std::int64_t count);
+
+  // Store keys and values [kv_heads][head_dim] of `position`.
+  void store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
+             const Kernels& kernels);
+  // Positions [begin, end) within one run of kKeyRun.
+  KvRows keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
+  KvRows values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
+
+ private:
+  struct Free {
+    void operator()(std::byte* memory) const { std::free(memory); }
+  };
+  std::byte* at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const;
+
+  KvLayout layout_;
+  std::vector<std::int32_t> tokens_;
+  std::int64_t intact_from_ = 0;  // rings hold every position from here on
+  std::vector<std::size_t> offsets_;
+  std::unique_ptr<std::byte, Free> memory_;
+};
+
+}  // namespace smallthinker
