@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from model.checkpoint import CheckpointError, OfficialCheckpoint, write_checkpoint
 from model.configuration import ConfigError, SmallThinkerConfig
 from model.losses import LoadBalance
 from model.modeling import CausalLMOutput, RouterStats, SmallThinkerForCausalLM, SmallThinkerModel
@@ -35,11 +36,14 @@ register_checkpoint_conversion_mapping(
 __all__ = [
     "PRESETS",
     "CausalLMOutput",
+    "CheckpointError",
     "ConfigError",
     "LoadBalance",
+    "OfficialCheckpoint",
     "RouterStats",
     "SmallThinkerConfig",
     "SmallThinkerForCausalLM",
     "SmallThinkerModel",
     "preset",
+    "write_checkpoint",
 ]

@@ -9,9 +9,11 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from model.attention import Attention, RMSNorm, RotaryEmbedding
+from model.checkpoint import parse_size, warn_untied, write_checkpoint
 from model.configuration import SmallThinkerConfig
 from model.experts import Backend, Experts, Router, count_experts
 from model.losses import (
@@ -327,6 +330,54 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
     @balance.setter
     def balance(self, value: LoadBalance) -> None:
         self.model.balance = value
+
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True) -> None:
+        """Tie the output matrix when the config says so; on loading, the embedding wins over a stored one."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        loading_both = missing_keys is not None and not {head, embedding} & missing_keys
+        if loading_both and self.config.tie_word_embeddings:
+            assert missing_keys is not None
+            if not torch.equal(self.lm_head.weight, self.model.embed_tokens.weight):
+                warn_untied(self.config.name_or_path or "The checkpoint")
+            missing_keys.add(head)  # else transformers leaves the two untied when they differ
+        super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        **kwargs: Any,
+    ) -> None:
+        """Write the official layout: ``config.json``, ``generation_config.json`` and safetensors.
+
+        Unlike the inherited method it unstacks one file's experts at a time, and writes ``lm_head.weight`` of a tied
+        model too, as the release does.
+
+        Args:
+            save_directory: created if needed.
+            is_main_process: False writes nothing.
+            state_dict: parameters under their names in memory, instead of the model's own.
+            push_to_hub: not supported.
+            max_shard_size: largest file, in bytes or as ``"5GB"``.
+            **kwargs: other arguments of the inherited method, which do not apply here.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub is not supported; upload the folder with a tool of your choice.")
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters = self.state_dict() if state_dict is None else state_dict
+        self.config.dtype = parameters["model.norm.weight"].dtype
+        self.config.save_pretrained(folder)
+        if self.generation_config is not None:
+            self.generation_config.save_pretrained(folder)
+        write_checkpoint(
+            folder, self.config, parameters.__getitem__, max_shard_bytes=parse_size(max_shard_size)
+        )
 
     def set_expert_backend(self, backend: Backend) -> None:
         """Choose how experts are computed: ``loop``, ``grouped`` (grouped_mm), ``dense``, or ``auto``."""
