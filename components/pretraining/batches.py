@@ -1,0 +1,149 @@
+"""Training batches from memory-mapped shards: ``BatchSource(...).rank_batch(step, rank, world)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from components.artifacts import StageError
+from components.pretraining.config import CATEGORIES, PretrainConfig
+from components.pretraining.curriculum import Curriculum
+from components.pretraining.ordering import SequenceOrder, Sequences, effective_mixture
+
+
+class TokenStream(Protocol):
+    """The tokens of one category, wherever they lie; ``components.tokenization.Shard`` is one."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+        """Tokens ``[start, start + count)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass's input.
+
+    Attributes:
+        input_ids_BT: int64.
+        document_ids_BT: int64; number of the packed document that each position belongs to, counted per row.
+            ``<|endoftext|>`` opens a document here: as a *target* it closes the previous document, as an *input* it
+            is the first position of the next, so that first words are learned and nothing is left out of the loss.
+        labels_BT: ``input_ids`` again (the model shifts).
+        category_B: index into ``CATEGORIES`` of every row.
+    """
+
+    input_ids_BT: torch.Tensor
+    document_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    category_B: torch.Tensor
+
+
+def document_ids(tokens_BT: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Number the packed documents of every row; an ``eos_id`` begins a new one. ``[B, T]`` int64."""
+    return (tokens_BT == eos_id).long().cumsum(dim=1)
+
+
+class BatchSource:
+    """Batches as a pure function of (config, shards, step).
+
+    Args:
+        config: the stage's config.
+        streams: the training split's tokens by category.
+        eos_id: id of ``<|endoftext|>``.
+
+    Raises:
+        StageError: a mixture wants what the shards do not hold.
+    """
+
+    def __init__(self, config: PretrainConfig, streams: Mapping[str, TokenStream], eos_id: int) -> None:
+        self._config = config
+        self._streams = dict(streams)
+        self._eos_id = eos_id
+        self.curriculum = Curriculum(config)
+        available = {name: len(stream) for name, stream in streams.items()}
+        self.absent: dict[str, list[str]] = {}
+        mixtures = []
+        for span in self.curriculum.spans:
+            mixture, absent = effective_mixture(span, available, config.absent_category)
+            mixtures.append(mixture)
+            if absent:
+                self.absent[span.name] = absent
+        self.mixtures = tuple(mixtures)
+        self.order = SequenceOrder(config.seed, self.curriculum, self.mixtures, available)
+
+    def sequences(self, step: int) -> Sequences:
+        """What step ``step`` trains on."""
+        return self.order.step(step)
+
+    def read(self, sequences: Sequences, context: int) -> torch.Tensor:
+        """The tokens of ``sequences``: int64 ``[B, context]``."""
+        rows = np.empty((len(sequences.start_B), context), dtype=np.int64)
+        for row, category, start in zip(rows, sequences.category_B, sequences.start_B, strict=True):
+            row[:] = self._streams[CATEGORIES[category]].read(int(start), context)
+        return torch.from_numpy(rows)
+
+    def rank_batch(self, step: int, rank: int, world: int) -> list[MicroBatch]:
+        """Rank ``rank``'s micro-batches of a step, in order.
+
+        Micro-step a of rank r takes rows ``[(a * world + r) * m, … + m)`` of the global batch, m being the
+        micro-batch; over all ranks and micro-steps every row is taken once.
+        """
+        span = self.curriculum.at(step)
+        micro = self._config.micro_batch(span.index)
+        sequences = self.sequences(step)
+        return [
+            self._micro_batch(sequences, slice((a * world + rank) * micro, (a * world + rank + 1) * micro), span.spec.context)
+            for a in range(accumulation_steps(self._config, span.index, world))
+        ]
+
+    def _micro_batch(self, sequences: Sequences, rows: slice, context: int) -> MicroBatch:
+        part = Sequences(sequences.category_B[rows], sequences.start_B[rows])
+        input_ids_BT = self.read(part, context)
+        return MicroBatch(
+            input_ids_BT=input_ids_BT,
+            document_ids_BT=document_ids(input_ids_BT, self._eos_id),
+            labels_BT=input_ids_BT,
+            category_B=torch.from_numpy(part.category_B),
+        )
+
+
+def accumulation_steps(config: PretrainConfig, stage: int, world: int) -> int:
+    """Micro-steps per optimizer step of one rank.
+
+    Raises:
+        StageError: the global batch cannot be cut evenly over ``world`` processes.
+    """
+    batch, micro = config.stages[stage].sequences_per_step, config.micro_batch(stage)
+    if batch % (micro * world):
+        raise StageError(
+            f"The global batch of stage{stage + 1} is {batch} sequences; with {world} processes and micro-batches of "
+            f"{micro} it must be a multiple of {micro * world}. Change sequences_per_step, sequences_per_micro_batch "
+            "or processes."
+        )
+    return batch // (micro * world)
+
+
+def held_out_windows(
+    stream: npt.NDArray[np.int64], context: int, eos_id: int
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """Cut a held-out split into windows that score each token once.
+
+    Yields pairs (window of ``context`` + 1 tokens, or fewer where the split is shorter; first scored position). The
+    split is opened by ``eos_id``, as training opens documents. Windows advance by half a context, so that after the
+    first one every token is scored with at least ``context / 2`` tokens in view.
+    """
+    opened = np.concatenate([[eos_id], stream])
+    scored = 1
+    while scored < len(opened):
+        ahead = context if scored == 1 else context // 2
+        end = min(len(opened), scored + ahead)
+        begin = max(0, end - context - 1)
+        yield opened[begin:end], scored - begin
+        scored = end

@@ -1,0 +1,177 @@
+"""The pretraining stage's part of a recipe: ``PretrainConfig(...)``; the nano values are the defaults.
+
+A value out of bounds names its field, the value and the allowed range. Values of the paper (arXiv 2507.20984)
+and our own choices are told apart in ``components.pretraining.presets``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from components.artifacts import StageConfig
+
+CATEGORIES: tuple[str, ...] = ("general", "maths", "code", "web_stem", "chinese", "sft")
+
+_Weight = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelPart(_Part):
+    """Which model is trained: a named size and single values that differ from it."""
+
+    preset: Literal["nano", "4b", "4b-hybrid", "21b"] = Field("nano", description="named size in model/")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="official config keys that replace the preset's values"
+    )
+
+
+class CurriculumStage(_Part):
+    """One stage of the curriculum: how many tokens, of what, at which context length and RoPE base."""
+
+    tokens: int = Field(ge=1, description="training tokens; rounded up to whole optimizer steps")
+    context: int = Field(ge=8, le=1 << 20, description="tokens of one training sequence")
+    sequences_per_step: int = Field(ge=1, le=1 << 20, description="global batch in sequences")
+    rope_theta: float = Field(ge=1e2, le=1e9, description="base of RoPE during this stage")
+    mixture: dict[str, _Weight] = Field(description="share of sequences by category; sums to 1")
+
+    @field_validator("mixture")
+    @classmethod
+    def _check_mixture(cls, mixture: dict[str, float]) -> dict[str, float]:
+        unknown = sorted(set(mixture) - set(CATEGORIES))
+        if unknown:
+            raise ValueError(f"unknown category {', '.join(unknown)}; allowed are {', '.join(CATEGORIES)}")
+        total = math.fsum(mixture.values())
+        if not math.isclose(total, 1.0, abs_tol=1e-6):
+            raise ValueError(f"the shares sum to {total:.6g}; they must sum to 1")
+        return {name: mixture.get(name, 0.0) for name in CATEGORIES}
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return -(-self.tokens // (self.context * self.sequences_per_step))
+
+
+class OptimizerPart(_Part):
+    """AdamW; matrices of attention, router and experts decay, norms and the embeddings do not."""
+
+    peak_lr: float = Field(4e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
+    final_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)")
+    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up; below the run's steps")
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    eps: float = Field(1e-8, gt=0.0, le=1e-2)
+    weight_decay: float = Field(0.1, ge=0.0, le=1.0)
+    clip_norm: float = Field(1.0, gt=0.0, le=1e3, description="largest norm of the global gradient")
+
+
+class HardwarePart(_Part):
+    """The machines that a recipe is meant for; plan and preflight compare them with what is there."""
+
+    gpus: int = Field(0, ge=0, le=1 << 16, description="GPUs needed; 0: runs on whatever there is")
+    gpu_memory_gb: float = Field(80.0, gt=0.0, description="memory of one GPU, in 10^9 bytes")
+    peak_tflops: float = Field(989.0, gt=0.0, description="dense bf16 peak of one GPU, TFLOP/s")
+    assumed_mfu: float = Field(0.3, gt=0.0, le=1.0, description="share of the peak that the plan counts on")
+
+
+class EvaluationPart(_Part):
+    """Held-out evaluation in bits per byte, and the bigram baseline beside it."""
+
+    tokens_per_category: int = Field(10_000, ge=64, description="held-out tokens scored per category")
+    bigram_tokens_per_category: int = Field(
+        20_000_000, ge=1000, description="training tokens per category that the bigram baseline counts"
+    )
+    sequences_per_batch: int = Field(16, ge=1, le=4096, description="windows in one forward pass")
+
+
+class PretrainConfig(StageConfig):
+    """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe."""
+
+    seed: int = Field(20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
+    model: ModelPart = Field(default_factory=ModelPart)
+    stages: tuple[CurriculumStage, ...] = Field(min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES)
+    optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
+    evaluation: EvaluationPart = Field(default_factory=EvaluationPart)
+    load_balance_coef: float = Field(0.008, ge=0.0, le=1.0, description="weight of the load-balance loss")
+    load_balance_group: int = Field(
+        0, ge=0, le=1 << 16, description="ranks that pool expert counts for the load-balance loss; 0: all"
+    )
+    router_z_coef: float = Field(1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
+    absent_category: Literal["error", "renormalise"] = Field(
+        "renormalise", description="what to do when the shards lack a category that a mixture wants"
+    )
+    sequences_per_micro_batch: int = Field(
+        16, ge=1, le=4096, description="sequences in one forward pass of one process, at the first stage's context"
+    )
+    hardware: HardwarePart = Field(default_factory=HardwarePart)
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights")
+    zero_stage: Literal[1, 2] = Field(
+        1, description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
+    processes: int = Field(1, ge=1, le=64, description="processes on this machine; more than 1 go through torchrun")
+    threads: int = Field(2, ge=1, le=512, description="CPU threads of each process")
+    log_every_steps: int = Field(10, ge=1, le=10_000, description="steps between lines of metrics.jsonl")
+    checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints; each stage ends with one")
+    keep_checkpoints: int = Field(2, ge=1, le=100, description="newest checkpoints kept")
+    spike_ratio: float = Field(
+        1.75, gt=1.0, le=100.0, description="a loss above this multiple of the recent median stops the run"
+    )
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> PretrainConfig:
+        steps = self.total_steps
+        if self.optimizer.warmup_steps >= steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; the run has {steps} steps, "
+                f"so 0 to {steps - 1} are allowed"
+            )
+        for number, stage in enumerate(self.stages, 1):
+            micro = self.micro_batch(number - 1)
+            if stage.sequences_per_step % micro:
+                raise ValueError(
+                    f"stages[{number - 1}].sequences_per_step is {stage.sequences_per_step}; it must be a "
+                    f"multiple of the micro-batch, which is {micro} sequences at context {stage.context}"
+                )
+        return self
+
+    def micro_batch(self, stage: int) -> int:
+        """Sequences per forward pass in a stage (0-based): the first stage's token count, rounded down, at least 1."""
+        tokens = self.sequences_per_micro_batch * self.stages[0].context
+        return max(1, min(tokens // self.stages[stage].context, self.stages[stage].sequences_per_step))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages together."""
+        return sum(stage.steps for stage in self.stages)
+
+
+_NANO_STAGES: tuple[CurriculumStage, ...] = (
+    CurriculumStage(
+        tokens=900_000,
+        context=256,
+        sequences_per_step=16,
+        rope_theta=1e5,
+        mixture={"general": 0.45, "maths": 0.15, "code": 0.15, "web_stem": 0.15, "chinese": 0.10},
+    ),
+    CurriculumStage(
+        tokens=600_000,
+        context=256,
+        sequences_per_step=16,
+        rope_theta=1e5,
+        mixture={"general": 0.30, "maths": 0.20, "code": 0.20, "web_stem": 0.20, "chinese": 0.10},
+    ),
+    CurriculumStage(
+        tokens=400_000,
+        context=512,
+        sequences_per_step=8,
+        rope_theta=1.5e6,
+        mixture={"general": 0.25, "maths": 0.20, "code": 0.15, "web_stem": 0.15, "chinese": 0.10, "sft": 0.15},
+    ),
+)

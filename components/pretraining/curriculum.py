@@ -1,0 +1,60 @@
+"""Where a step lies in the curriculum, and its learning rate: ``Curriculum(config).at(step)``.
+
+Everything here is a pure function of the config and the step number, so that a resumed run needs no state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from components.pretraining.config import CurriculumStage, PretrainConfig
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """A stage's half-open range of optimizer steps ``[start, end)``."""
+
+    index: int
+    name: str
+    start: int
+    end: int
+    spec: CurriculumStage
+
+
+class Curriculum:
+    """The run's stages laid out on one axis of optimizer steps."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self._optimizer = config.optimizer
+        spans: list[StageSpan] = []
+        start = 0
+        for index, spec in enumerate(config.stages):
+            spans.append(StageSpan(index, f"stage{index + 1}", start, start + spec.steps, spec))
+            start += spec.steps
+        self.spans = tuple(spans)
+        self.total_steps = start
+
+    def at(self, step: int) -> StageSpan:
+        """The stage that optimizer step ``step`` (0-based) belongs to."""
+        for span in self.spans:
+            if span.start <= step < span.end:
+                return span
+        raise IndexError(f"step {step} is outside the run's {self.total_steps} steps")
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then one cosine over all stages down to ``final_lr_ratio`` of the peak."""
+        part = self._optimizer
+        if step < part.warmup_steps:
+            return part.peak_lr * (step + 1) / part.warmup_steps
+        progress = (step - part.warmup_steps) / max(1, self.total_steps - 1 - part.warmup_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return part.peak_lr * (part.final_lr_ratio + (1.0 - part.final_lr_ratio) * cosine)
+
+    def tokens_before(self, step: int) -> int:
+        """Training tokens consumed by all steps before ``step``."""
+        return sum(
+            (min(step, span.end) - span.start) * span.spec.context * span.spec.sequences_per_step
+            for span in self.spans
+            if step > span.start
+        )

@@ -1,0 +1,197 @@
+"""The DeepSpeed engine around the model: ``engine = build_engine(model, config, ranks)``.
+
+DeepSpeed 0.19.8. The optimizer is torch's own fused AdamW handed over by us, so that no DeepSpeed operator has to be
+compiled at run time; ZeRO then partitions its state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from components.artifacts import StageError
+from components.pretraining.batches import accumulation_steps
+from components.pretraining.config import PretrainConfig
+
+if TYPE_CHECKING:
+    from model import SmallThinkerForCausalLM
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among those of the run, and the device it drives."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def choose_device(config: PretrainConfig) -> str:
+    """``cuda`` or ``cpu`` as the config asks.
+
+    Raises:
+        StageError: ``cuda`` is asked for and there is none.
+    """
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise StageError("device is cuda, but torch finds no CUDA device here; use auto or cpu.")
+    return config.device
+
+
+def join_processes(config: PretrainConfig) -> Ranks:
+    """Join torch's process group: torchrun's when its environment is there, else one of this process alone.
+
+    A process that joined before keeps its group, so that several runs can follow one another.
+    """
+    kind = choose_device(config)
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    if "RANK" not in os.environ:
+        # DeepSpeed looks for these and would otherwise go searching for MPI.
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    torch.set_num_threads(config.threads)
+    device = torch.device(kind, local) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        if world == 1:
+            # A store in memory: no port, no host name, nothing that a laptop without network could lack.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    return Ranks(rank, world, device)
+
+
+def deepspeed_config(config: PretrainConfig, world: int) -> dict[str, Any]:
+    """DeepSpeed's own config for ``world`` processes at the first stage (``infra/deepspeed`` holds the full sizes')."""
+    micro = config.micro_batch(0)
+    result: dict[str, Any] = {
+        "train_batch_size": config.stages[0].sequences_per_step,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation_steps(config, 0, world),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": world > 1 and config.precision == "bf16",
+            "contiguous_gradients": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    return result
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices of attention, router and experts decay; norms, embeddings and the output matrix do not.
+
+    Decay bounds the scale of matrices whose output is normalised. An embedding row of a rare token gets gradients
+    seldom, and decay would shrink it in between.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_table = "embed_tokens" in name or "lm_head" in name
+        (free if parameter.ndim < 2 or is_table else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
+        {"params": free, "weight_decay": 0.0, "name": "free"},
+    ]
+
+
+def _quieten() -> None:
+    """DeepSpeed reports each step of its set-up at INFO; keep what concerns the user."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+
+
+def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
+    """Wrap the model into a DeepSpeed engine with AdamW.
+
+    Returns:
+        ``deepspeed.DeepSpeedEngine``.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    _quieten()
+    # The shared-memory operator serves inference only and costs a minute of g++ at first use: gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    from model import LoadBalance
+
+    model.balance = LoadBalance(_balance_group(config, ranks))
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    part = config.optimizer
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, part.weight_decay),
+        lr=part.peak_lr,
+        betas=(part.beta1, part.beta2),
+        eps=part.eps,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world), dist_init_required=False
+        if deepspeed.comm.is_initialized() else None
+    )
+    return engine
+
+
+def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | None:
+    """The group over which this rank pools expert counts; ``None`` alone."""
+    size = config.load_balance_group or ranks.world
+    if ranks.world % size:
+        raise StageError(
+            f"load_balance_group is {size}; it must divide the number of processes, which is {ranks.world}."
+        )
+    if size == 1:
+        return None
+    if size == ranks.world:
+        return dist.group.WORLD
+    mine = None
+    for first in range(0, ranks.world, size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members)
+        if ranks.rank in members:
+            mine = group
+    return mine
+
+
+def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
+    """Give the engine a stage's batch size and the model its RoPE base."""
+    micro = config.micro_batch(stage)
+    accumulation_steps(config, stage, world)
+    engine.set_train_micro_batch_size(micro)
+    engine.set_train_batch_size(config.stages[stage].sequences_per_step)
+    engine.module.config.rope_theta = config.stages[stage].rope_theta
+
+
+def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
+    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False)
+
+
+def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
+    """Restore what :func:`save_engine` wrote; returns ``state``."""
+    path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise StageError(f"DeepSpeed could not load the checkpoint {folder}.")
+    state: dict[str, Any] = client["trainer"]
+    return state

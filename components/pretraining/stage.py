@@ -1,0 +1,105 @@
+"""The stage as the runner sees it: train in this process or under torchrun, then write tables and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from components.artifacts import METRICS_NAME, StageContext, StageError, write_json
+from components.pretraining.config import PretrainConfig
+from components.pretraining.curriculum import Curriculum
+
+EVALUATION_NOTE = (
+    "bits per byte on held-out text; start: before a stage's first step, at its context and RoPE base; bigram: "
+    "interpolated modified Kneser-Ney on all training tokens, scored on the same tokens"
+)
+
+
+def parse_config(values: Mapping[str, Any]) -> PretrainConfig:
+    """Parse the stage's part of a recipe.
+
+    Raises:
+        StageError: names field, value and what is allowed.
+    """
+    try:
+        return PretrainConfig.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'pretrain'} = {problem.get('input')!r}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        ]
+        raise StageError("The pretrain recipe has a wrong value: " + "; ".join(lines)) from error
+
+
+def run(context: StageContext) -> dict[str, float]:
+    """Run or resume the stage.
+
+    Returns:
+        Headline metrics: held-out bits per byte after each stage and of the bigram baseline, tokens, steps.
+
+    Raises:
+        StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
+    """
+    config = parse_config(context.config)
+    if config.processes > 1 or config.hardware.gpus > 1:
+        from components.pretraining.launcher import train_under_torchrun
+
+        evaluations = train_under_torchrun(context, config)
+    else:
+        evaluations = train_here(context, config)
+    return write_results(context, config, evaluations)
+
+
+def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
+    """Train as one process of the run: the only one, or the one that torchrun's environment says."""
+    from components.pretraining.engine import join_processes
+    from components.pretraining.interruption import Interruption
+    from components.pretraining.trainer import Trainer
+
+    with Interruption.watching() as interruption:
+        ranks = join_processes(config)
+        return Trainer(context, config, ranks, interruption).train()
+
+
+def write_results(context: StageContext, config: PretrainConfig, evaluations: Mapping[str, Any]) -> dict[str, float]:
+    """Write ``heldout.json``, ``activation_stats.json`` and the pictures from the finished evaluations."""
+    from components.pretraining.pictures import draw_bits_per_byte, draw_loss
+
+    curriculum = Curriculum(config)
+    names = [span.name for span in curriculum.spans]
+    heldout: dict[str, Any] = {name: evaluations[f"{name}:end"]["bits_per_byte"] for name in names}
+    heldout["bigram"] = evaluations["bigram"]["bits_per_byte"]
+    heldout["start"] = {name: evaluations[f"{name}:start"]["bits_per_byte"] for name in names}
+    heldout["nats_per_token"] = {name: evaluations[f"{name}:end"]["nats_per_token"] for name in names}
+    heldout["context"] = {name: evaluations[f"{name}:end"]["context"] for name in names}
+    heldout["tokens"] = evaluations[f"{names[-1]}:end"]["tokens"]
+    heldout["note"] = EVALUATION_NOTE
+    write_json(context.out / "heldout.json", heldout)
+    write_json(context.out / "activation_stats.json", evaluations[f"{names[-1]}:end"]["activations"])
+    context.close()
+    draw_loss(context.out / METRICS_NAME, curriculum, context.out / "loss.png")
+    draw_bits_per_byte(heldout, names, context.out / "bits_per_byte.png")
+    metrics = {f"heldout_bits_per_byte_{name}": heldout[name]["overall"] for name in names}
+    metrics["heldout_bits_per_byte_start"] = heldout["start"][names[0]]["overall"]
+    metrics["heldout_bits_per_byte_bigram"] = heldout["bigram"]["overall"]
+    metrics["tokens"] = float(curriculum.tokens_before(curriculum.total_steps))
+    metrics["steps"] = float(curriculum.total_steps)
+    _check_lessons(context, names, heldout)
+    return metrics
+
+
+def _check_lessons(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
+    """Put into the notes what a reviewer would otherwise have to find in a table."""
+    for earlier, later in zip(names, names[1:], strict=False):
+        if heldout[later]["overall"] >= heldout[earlier]["overall"]:
+            context.note(f"{later} did not lower the held-out bits per byte of {earlier}.")
+    if heldout[names[-1]]["overall"] >= heldout["bigram"]["overall"]:
+        context.note("The model does not beat the bigram baseline on held-out text.")
+
+
+def request_path(context: StageContext) -> Path:
+    """Where a launch leaves its request for the workers."""
+    return context.scratch / "request.json"

@@ -1,0 +1,220 @@
+"""What a training step measures, pooled over micro-steps and ranks: ``StepMeter`` fills, ``Interval`` averages.
+
+All sums lie in one float64 vector, so that pooling over the ranks is one all-reduce per step and the interval's
+state is plain JSON, saved with each checkpoint: a resumed run logs the same averages.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from components.artifacts import StageError
+from components.pretraining.batches import MicroBatch
+from components.pretraining.config import CATEGORIES
+from components.pretraining.engine import Ranks
+
+
+class Layout:
+    """Where each figure lies in the vector of sums."""
+
+    def __init__(self, layers: int, experts: int, top_k: int, expert_hidden: int) -> None:
+        self.layers, self.experts, self.top_k, self.expert_hidden = layers, experts, top_k, expert_hidden
+        self.fields = {
+            "micro_steps": 1,
+            "ce": 1,
+            "load_balance": 1,
+            "router_z": 1,
+            "tokens": 1,
+            "nats_by_category": len(CATEGORIES),
+            "targets_by_category": len(CATEGORIES),
+            "expert_counts": layers * experts,
+            "active_neurons": layers,
+            "router_entropy": layers,
+        }
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, width in self.fields.items():
+            self.slices[name] = slice(start, start + width)
+            start += width
+        self.width = start
+
+
+class RouterEntropy:
+    """Mean entropy of the routers' softmax over all experts, as a share of ln E, caught by forward hooks.
+
+    1 means that the router does not discriminate at all, 0 that it is always certain.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from model.experts import Router
+
+        self._values: list[Tensor] = []
+        routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._layers = len(routers)
+        for router in routers:
+            router.register_forward_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: Any, routing: Any) -> None:
+        if not module.training:
+            return
+        with torch.no_grad():
+            log_p_TE = F.log_softmax(routing.logits_TE.detach().float(), dim=-1)
+            entropy = -(log_p_TE.exp() * log_p_TE).sum(-1).mean() / math.log(log_p_TE.shape[-1])
+        self._values.append(entropy)
+
+    def take(self) -> Tensor:
+        """Entropies ``[L]`` of the last forward; call it between forward and backward (which may recompute layers)."""
+        values = torch.stack(self._values[-self._layers :])
+        self._values.clear()
+        return values
+
+
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """Cross-entropy in nats of every label but the first of each row: ``[B, T - 1]`` float32."""
+    losses = F.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="none"
+    )
+    return losses.view(labels_BT.shape[0], -1)
+
+
+class StepMeter:
+    """Collects one optimizer step's figures."""
+
+    def __init__(self, layout: Layout, ranks: Ranks) -> None:
+        self._layout, self._ranks = layout, ranks
+        self._sums = torch.zeros(layout.width, dtype=torch.float64, device=ranks.device)
+
+    def reset(self) -> None:
+        """Begin the next step."""
+        self._sums.zero_()
+
+    @torch.no_grad()
+    def add(self, batch: MicroBatch, losses_BT: Tensor, ce: Tensor, out: Any, entropy_L: Tensor) -> None:
+        """Take one micro-step into account."""
+        at, sums = self._layout.slices, self._sums
+        category_B = batch.category_B.to(sums.device)
+        nats_B = losses_BT.detach().double().sum(dim=1)
+        targets_B = torch.full_like(nats_B, losses_BT.shape[1])
+        sums[at["micro_steps"]] += 1
+        sums[at["ce"]] += ce.detach()
+        sums[at["load_balance"]] += out.load_balance_loss.detach()
+        sums[at["router_z"]] += out.router_z_loss.detach()
+        sums[at["tokens"]] += out.router_stats.tokens
+        sums[at["nats_by_category"]].index_add_(0, category_B, nats_B)
+        sums[at["targets_by_category"]].index_add_(0, category_B, targets_B)
+        sums[at["expert_counts"]] += out.router_stats.expert_counts.flatten()
+        sums[at["active_neurons"]] += out.router_stats.active_neurons
+        sums[at["router_entropy"]] += entropy_L.to(sums.device)
+
+    def pooled(self) -> Tensor:
+        """The step's sums over all ranks, float64 on the CPU; every rank gets the same."""
+        if self._ranks.world > 1:
+            dist.all_reduce(self._sums)
+        return self._sums.cpu()
+
+
+class Interval:
+    """Sums over the steps since the last logged line."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._sums = torch.zeros(layout.width, dtype=torch.float64)
+        self._grad_norm_sum, self._steps = 0.0, 0
+
+    def add(self, pooled: Tensor, grad_norm: float) -> None:
+        """Take a finished step into account."""
+        self._sums += pooled
+        self._grad_norm_sum += grad_norm
+        self._steps += 1
+
+    def to_state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"sums": self._sums.tolist(), "grad_norm_sum": self._grad_norm_sum, "steps": self._steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`to_state`."""
+        self._sums = torch.tensor(state["sums"], dtype=torch.float64)
+        self._grad_norm_sum, self._steps = float(state["grad_norm_sum"]), int(state["steps"])
+
+    def _field(self, name: str) -> Tensor:
+        return self._sums[self._layout.slices[name]]
+
+    def drain(self) -> dict[str, float]:
+        """Averages under their names in ``metrics.jsonl``; the next interval starts empty."""
+        layout = self._layout
+        micro = max(1.0, float(self._field("micro_steps")))
+        tokens = max(1.0, float(self._field("tokens")))
+        metrics = {
+            f"train/{name}": float(self._field(name)) / micro for name in ("ce", "load_balance", "router_z")
+        }
+        metrics["train/grad_norm"] = self._grad_norm_sum / max(1, self._steps)
+        nats, targets = self._field("nats_by_category"), self._field("targets_by_category")
+        for category, name in enumerate(CATEGORIES):
+            if targets[category] > 0:
+                metrics[f"train/ce/{name}"] = float(nats[category] / targets[category])
+        load_LE = self._field("expert_counts").view(layout.layers, layout.experts) / (tokens * layout.top_k)
+        sparsity_L = 1.0 - self._field("active_neurons") / (tokens * layout.top_k * layout.expert_hidden)
+        entropy_L = self._field("router_entropy") / micro
+        for layer in range(layout.layers):
+            metrics[f"router/load_max/layer{layer:02d}"] = float(load_LE[layer].max()) * layout.experts
+            metrics[f"router/load_min/layer{layer:02d}"] = float(load_LE[layer].min()) * layout.experts
+            metrics[f"router/entropy/layer{layer:02d}"] = float(entropy_L[layer])
+            metrics[f"experts/sparsity/layer{layer:02d}"] = float(sparsity_L[layer])
+        metrics["router/load_max"] = float(load_LE.max()) * layout.experts
+        metrics["router/entropy"] = float(entropy_L.mean())
+        metrics["experts/sparsity"] = float(sparsity_L.mean())
+        self._sums.zero_()
+        self._grad_norm_sum, self._steps = 0.0, 0
+        return metrics
+
+
+class LossGuard:
+    """Stops a run whose loss is not finite or jumps: ``check`` before the optimizer acts on it.
+
+    Args:
+        ratio: a loss above this multiple of the recent median is a spike.
+        window: steps that the median looks back on; nothing counts as a spike before half of it is filled.
+    """
+
+    def __init__(self, ratio: float, window: int = 64) -> None:
+        self._ratio, self._window = ratio, window
+        self.recent: list[float] = []
+
+    def check(self, step: int, loss: float, grad_norm: float | None, batch: str) -> None:
+        """Judge one step.
+
+        Raises:
+            StageError: names the step, the value and the batch, from which the step can be replayed.
+        """
+        complaint = ""
+        if not math.isfinite(loss):
+            complaint = f"the loss is {loss}"
+        elif grad_norm is not None and not math.isfinite(grad_norm):
+            complaint = f"the gradient's norm is {grad_norm}"
+        elif len(self.recent) >= self._window // 2:
+            median = statistics.median(self.recent)
+            if loss > self._ratio * median:
+                complaint = (
+                    f"the loss jumped to {loss:.4g}, more than {self._ratio:g} times the recent median of {median:.4g}"
+                )
+        if complaint:
+            raise StageError(
+                f"Training stopped at step {step}: {complaint}. The step was not logged and earlier checkpoints are "
+                f"kept. Its batch (category@first token): {batch}. Lower the learning rate or raise spike_ratio."
+            )
+
+    def accept(self, loss: float) -> None:
+        """Remember a step that was taken."""
+        self.recent = [*self.recent, loss][-self._window :]
+
+    def load(self, recent: Sequence[float]) -> None:
+        """Restore ``recent`` from a checkpoint."""
+        self.recent = list(recent)

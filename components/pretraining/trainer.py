@@ -1,0 +1,344 @@
+"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three stages.
+
+Order of events in a stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes before
+evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages since
+the last log line): data order, learning rate and mixture follow from the step.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from components.artifacts import METRICS_NAME, StageContext, StageError
+from components.pretraining.batches import BatchSource
+from components.pretraining.checkpoints import Checkpoint, CheckpointStore
+from components.pretraining.config import PretrainConfig
+from components.pretraining.curriculum import StageSpan
+from components.pretraining.engine import Ranks, build_engine, enter_stage, load_engine, save_engine
+from components.pretraining.flops import training_flops_per_token
+from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
+from components.pretraining.interruption import Interruption
+from components.pretraining.progress import RunRecord, align_metrics, evaluation_metrics, flush_to_disk
+from components.pretraining.telemetry import Interval, Layout, LossGuard, RouterEntropy, StepMeter, token_losses
+from components.tokenization import TokenShards
+from model import ConfigError, SmallThinkerConfig, SmallThinkerForCausalLM, preset
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+class TrainingInterrupted(StageError):
+    """A signal asked the run to stop; it saved a checkpoint and the same command goes on from there."""
+
+
+def model_config(config: PretrainConfig, shards: TokenShards | None = None) -> SmallThinkerConfig:
+    """The model's configuration from the recipe, with the shards' vocabulary checked against it.
+
+    Raises:
+        StageError: an override is impossible, or the shards' token ids do not fit the vocabulary.
+    """
+    overrides = {
+        "load_balance_coef": config.load_balance_coef,
+        "router_z_coef": config.router_z_coef,
+        **config.model.overrides,
+    }
+    try:
+        result = preset(config.model.preset, **overrides)
+    except (ConfigError, TypeError) as error:
+        raise StageError(f"model.overrides of the pretrain recipe: {error}") from error
+    if shards is not None and shards.vocab_size > result.vocab_size:
+        raise StageError(
+            f"The shards use a vocabulary of {shards.vocab_size} tokens and the model has {result.vocab_size}; "
+            "set model.overrides.vocab_size to at least the tokenizer's size."
+        )
+    if shards is not None:
+        # As in the official files: <|endoftext|> opens and ends texts, <|im_end|> (two ids later) ends a turn.
+        turn_end = shards.eos_id + 2
+        result.bos_token_id = shards.eos_id
+        result.eos_token_id = [shards.eos_id, *([turn_end] if turn_end < shards.vocab_size else [])]
+    longest = max(stage.context for stage in config.stages)
+    if longest > result.max_position_embeddings:
+        raise StageError(
+            f"The longest stage has a context of {longest} tokens and the model's max_position_embeddings is "
+            f"{result.max_position_embeddings}; raise it in model.overrides or shorten the stage."
+        )
+    return result
+
+
+def initial_model(config: PretrainConfig, architecture: SmallThinkerConfig) -> SmallThinkerForCausalLM:
+    """A freshly initialised model; the same weights for the same seed, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return SmallThinkerForCausalLM(architecture)
+
+
+class Trainer:
+    """One process's part in a run.
+
+    Args:
+        context: the stage's context; only the first rank writes through it.
+        config: the parsed config.
+        ranks: this process's place.
+        interruption: set by signals.
+    """
+
+    def __init__(
+        self, context: StageContext, config: PretrainConfig, ranks: Ranks, interruption: Interruption
+    ) -> None:
+        self._context, self._config, self._ranks, self._interruption = context, config, ranks, interruption
+        tokens = context.inputs["tokenize"]
+        self._tokenizer_folder = tokens / TOKENIZER_FOLDER
+        self._shards = TokenShards.open(tokens)
+        if TRAIN_SPLIT not in self._shards.splits:
+            raise StageError(f"The token shards have no split {TRAIN_SPLIT}; there are {', '.join(self._shards.splits)}.")
+        streams = {name: self._shards.shard(TRAIN_SPLIT, name) for name in self._shards.categories(TRAIN_SPLIT)}
+        self._source = BatchSource(config, streams, self._shards.eos_id)
+        self._curriculum = self._source.curriculum
+        self._architecture = model_config(config, self._shards)
+        self._heldout = HeldOut.open(self._shards, self._tokenizer_folder / "tokenizer.json", config.evaluation)
+        self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
+        self._record = RunRecord(context.scratch)
+        self._metrics_path = context.out / METRICS_NAME
+        model = initial_model(config, self._architecture).to(ranks.device)
+        self._engine = build_engine(model, config, ranks)
+        self._entropy = RouterEntropy(self._engine.module)
+        layout = Layout(
+            self._architecture.num_hidden_layers,
+            self._architecture.moe_num_primary_experts,
+            self._architecture.moe_num_active_primary_experts,
+            self._architecture.moe_ffn_hidden_size,
+        )
+        self._meter, self._interval = StepMeter(layout, ranks), Interval(layout)
+        self._guard = LossGuard(config.spike_ratio)
+        self._step = 0
+
+    # ---------------------------------------------------------------- resuming
+
+    def _first_unfinished_end(self) -> int | None:
+        """A checkpoint beyond this step would skip an evaluation or an export that is missing."""
+        for span in self._curriculum.spans:
+            finished = f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
+            if not finished:
+                return span.end
+        return None
+
+    def _resume(self) -> None:
+        """Load the newest whole checkpoint, if there is one, and drop everything later than it."""
+        found: list[Any] = [None]
+        if self._ranks.is_first:
+            checkpoint, complaints = self._store.newest(at_most=self._first_unfinished_end())
+            for complaint in complaints:
+                self._context.note(complaint)
+            step = checkpoint.step if checkpoint else 0
+            self._store.discard_after(step)
+            align_metrics(self._metrics_path, step, self._record)
+            found = [checkpoint]
+        if self._ranks.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        checkpoint = found[0]
+        if isinstance(checkpoint, Checkpoint):
+            state = load_engine(self._engine, checkpoint.path)
+            self._step = int(state["step"])
+            self._interval.load_state(state["interval"])
+            self._guard.load(state["recent_losses"])
+            if self._ranks.is_first:
+                self._context.note(f"Resumed from the checkpoint of step {self._step}.")
+
+    def _save(self) -> None:
+        draft: list[Any] = [None]
+        if self._ranks.is_first:
+            flush_to_disk(self._metrics_path)
+            draft = [self._store.prepare(self._step)]
+        if self._ranks.world > 1:
+            dist.broadcast_object_list(draft, src=0)
+        state = {
+            "step": self._step,
+            "interval": self._interval.to_state(),
+            "recent_losses": self._guard.recent,
+        }
+        save_engine(self._engine, draft[0], state)
+        if self._ranks.is_first:
+            self._store.commit(self._step)
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self._ranks.world > 1:
+            dist.barrier()
+
+    # ---------------------------------------------------------------- one step
+
+    def _train_step(self, bar: Any) -> float:
+        """Forward, backward and update of the current step; returns seconds spent waiting for data."""
+        step, config, engine = self._step, self._config, self._engine
+        began = time.perf_counter()
+        batches = self._source.rank_batch(step, self._ranks.rank, self._ranks.world)
+        waited_s = time.perf_counter() - began
+        rate = self._curriculum.learning_rate(step)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        engine.train()
+        self._meter.reset()
+        for number, batch in enumerate(batches, 1):
+            device = self._ranks.device
+            labels_BT = batch.labels_BT.to(device, non_blocking=True)
+            out = engine(
+                input_ids=batch.input_ids_BT.to(device, non_blocking=True),
+                document_ids=batch.document_ids_BT.to(device, non_blocking=True),
+                use_cache=False,
+            )
+            losses_BT = token_losses(out.logits, labels_BT)
+            ce = losses_BT.mean()
+            loss = ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
+            self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
+            engine.backward(loss)
+            if number < len(batches):
+                engine.step()  # counts the micro-step
+        pooled = self._meter.pooled()
+        mean_loss = float(pooled[1] / pooled[0])
+        sequences = self._source.sequences(step)
+        self._guard.check(step, mean_loss, None, sequences.describe())
+        engine.step()
+        engine.module.balance.reset()
+        grad_norm = float(engine.get_global_grad_norm())
+        self._guard.check(step, mean_loss, grad_norm, sequences.describe())
+        self._guard.accept(mean_loss)
+        self._interval.add(pooled, grad_norm)
+        self._step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
+        return waited_s
+
+    def _train_stage(self, span: StageSpan) -> None:
+        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        flops = training_flops_per_token(self._architecture, span.spec.context)
+        began, waited_s, since = time.perf_counter(), 0.0, self._step
+        bar = tqdm(
+            total=span.end - span.start,
+            initial=self._step - span.start,
+            desc=span.name,
+            unit="step",
+            file=sys.stderr,
+            disable=not self._ranks.is_first,
+            mininterval=1.0,
+        )
+        with bar:
+            while self._step < span.end:
+                waited_s += self._train_step(bar)
+                if self._step % self._config.log_every_steps == 0 or self._step == span.end:
+                    elapsed = time.perf_counter() - began
+                    tokens = (self._step - since) * span.spec.context * span.spec.sequences_per_step
+                    self._log_interval(tokens, elapsed, waited_s, flops)
+                    began, waited_s, since = time.perf_counter(), 0.0, self._step
+                stop = self._interruption.agreed(self._ranks)
+                if stop or self._step == span.end or self._step % self._config.checkpoint_every_steps == 0:
+                    self._save()
+                if stop:
+                    self._stop_now()
+
+    def _stop_now(self) -> None:
+        raise TrainingInterrupted(
+            f"Stopped by {self._interruption.name} at step {self._step} of {self._curriculum.total_steps}; everything up "
+            "to there is saved, and the same command goes on from it."
+        )
+
+    def _log_interval(self, tokens: int, elapsed_s: float, waited_s: float, flops_per_token: float) -> None:
+        metrics = self._interval.drain()
+        if not self._ranks.is_first:
+            return
+        metrics["train/lr"] = self._curriculum.learning_rate(self._step - 1)
+        metrics["train/tokens"] = float(self._curriculum.tokens_before(self._step))
+        rate = tokens / max(elapsed_s, 1e-9)
+        metrics["speed/tokens_per_s"] = rate
+        metrics["speed/model_tflops"] = rate * flops_per_token / 1e12
+        metrics["speed/data_wait_share"] = waited_s / max(elapsed_s, 1e-9)
+        if self._ranks.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            metrics["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self._context.log_metrics(metrics, self._step)
+
+    # ---------------------------------------------------------------- evaluation and export
+
+    def _evaluate(self, span: StageSpan, moment: str) -> None:
+        name = f"{span.name}:{moment}"
+        if name in self._record:
+            return
+        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        scores = self._heldout.evaluate(
+            self._engine.module,
+            span.spec.context,
+            self._ranks,
+            # Several ranks must stop together, hence only after the evaluation.
+            should_stop=lambda: self._interruption.requested and self._ranks.world == 1,
+        )
+        if self._interruption.agreed(self._ranks) or scores is None:
+            self._stop_now()
+            return
+        if self._ranks.is_first:
+            entry = {"step": self._step, "context": span.spec.context, **scores.to_json()}
+            self._record.put(name, entry)
+            self._context.log_metrics(evaluation_metrics(name, entry), self._step)
+        else:
+            self._record.values[name] = {}
+        self._barrier()
+
+    def _export(self, span: StageSpan) -> None:
+        """Write the stage's model as a Hugging Face folder that appears by one rename."""
+        target = self._context.out / span.name
+        if not target.is_dir() and self._ranks.is_first:
+            draft = self._context.scratch / f"export-{span.name}"
+            shutil.rmtree(draft, ignore_errors=True)
+            self._engine.module.save_pretrained(draft)
+            for path in sorted(self._tokenizer_folder.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, draft / path.name)
+            draft.rename(target)
+        self._barrier()
+
+    def _bigram(self) -> None:
+        if self._ranks.is_first and "bigram" not in self._record:
+            model = fit_bigram(self._shards, self._config.evaluation.bigram_tokens_per_category)
+            self._record.put("bigram", self._heldout.bigram(model).to_json())
+
+    def _note_once(self, sentence: str) -> None:
+        if self._ranks.is_first:
+            self._context.note(sentence)
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> dict[str, Any]:
+        """Run what is left to do.
+
+        Returns:
+            The finished evaluations by name (complete on the first rank).
+
+        Raises:
+            TrainingInterrupted: a signal came; a checkpoint is saved.
+            StageError: the loss is not finite or jumped.
+        """
+        for name, absent in self._source.absent.items():
+            self._note_once(f"The shards lack {', '.join(absent)}; {name}'s other shares were scaled up.")
+        missing = [n for n in self._shards.categories(TRAIN_SPLIT) if n not in self._heldout.streams]
+        if missing:
+            self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
+        self._resume()
+        self._bigram()
+        for span in self._curriculum.spans:
+            if self._step > span.end or (self._step == span.end and self._is_finished(span)):
+                continue
+            if self._step == span.start:
+                self._evaluate(span, "start")
+            self._train_stage(span)
+            self._evaluate(span, "end")
+            self._export(span)
+        return self._record.values
+
+    def _is_finished(self, span: StageSpan) -> bool:
+        return f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
