@@ -38,7 +38,7 @@ def load_model(folder: Path, device: torch.device) -> SmallThinkerForCausalLM:
         model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError) as error:
         raise StageError(f"the model in {folder} cannot be loaded: {error}") from error
-    model.to(device)
+    torch.nn.Module.to(model, device)
     model.train(False)
     return model
 

@@ -94,7 +94,7 @@ def run(context: StageContext) -> dict[str, float]:
         context.note(
             f"{rows.cut} dialogues were cut at {config.context} tokens; {rows.dropped} of them had no answer left."
         )
-    part = EvaluationPart(tokens_per_category=config.text_tokens_per_category)
+    part = EvaluationPart.model_validate({"tokens_per_category": config.text_tokens_per_category})
     judge = Judge(
         encoder,
         [(dialogue.task, encoder.encode(dialogue.messages)) for dialogue in held],

@@ -162,7 +162,7 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         self.model.train()
         bar = tqdm(
             total=self.total_steps, initial=progress.step, desc="SFT", unit="step", disable=self.rank > 0
@@ -185,7 +185,7 @@ class Trainer:
                     kept[progress.step]()
                 if progress.step % config.checkpoint_every_steps == 0 or last:
                     self.save()
-        self.model.eval()
+        self.model.train(False)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
