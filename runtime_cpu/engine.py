@@ -35,6 +35,7 @@ from runtime_cpu.memory import (
     MemoryPlan,
     format_bytes,
     parse_bytes,
+    peak_resident_bytes,
     resident_bytes,
 )
 from runtime_cpu.tokenizer import Tokenizer
@@ -233,9 +234,9 @@ class Engine:
         with self._borrow_session(None) as session:
             for start in range(0, len(ids), self._chunk_tokens):
                 stop = start + self._chunk_tokens
-                self._compute(session, ids[start:stop], rows[start:stop], stats)
-        stats.prompt_s = time.perf_counter() - started
-        self._finish(stats)
+                self._compute(session, ids[start:stop], rows[start:stop])
+            stats.prompt_s = time.perf_counter() - started
+            self._finish(stats, session)
         return rows
 
     def generate(
@@ -337,6 +338,7 @@ class Engine:
                 differing = np.flatnonzero(held != prompt[: len(held)])
                 keep = int(differing[0]) if differing.size else len(held)
             session.truncate(keep)
+            session.take_counters()
             yield session
         finally:
             with self._sessions_changed:
@@ -380,16 +382,14 @@ class Engine:
         session: _core.Session,
         token_ids: NDArray[np.int32],
         logits: NDArray[np.float32] | None,
-        stats: Stats,
     ) -> None:
-        """Append ``token_ids`` to ``session``; fill ``logits`` (as many last rows as it has); count into ``stats``."""
+        """Append ``token_ids`` to ``session``; fill ``logits`` with as many last rows as it has."""
         with self._compute_lock:
-            runtime = self._open_runtime()
-            runtime.forward(session, token_ids, logits)
-            counters = runtime.take_counters()
-        stats.add_counters(counters)
+            self._open_runtime().forward(session, token_ids, logits)
 
-    def _finish(self, stats: Stats) -> None:
+    def _finish(self, stats: Stats, session: _core.Session) -> None:
+        stats.set_counters(session.take_counters())
+        stats.peak_rss_bytes = peak_resident_bytes()
         self.stats = stats
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu._core import Sampler
-from runtime_cpu.memory import peak_resident_bytes
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -72,30 +71,19 @@ class Stats:
     stop_id: int | None = None
     seed: int | None = None
     decode_steps: int = 0
-    _neurons: list[int] = field(default_factory=list, repr=False)
-    _active: list[int] = field(default_factory=list, repr=False)
 
     @property
     def prompt_tokens_per_s(self) -> float:
         """Speed of the part of the prompt that was computed."""
         return (self.prompt_tokens - self.reused_tokens) / self.prompt_s if self.prompt_s > 0 else 0.0
 
-    def add_counters(self, counters: Mapping[str, Any]) -> None:
-        """Add what one computing call counted: neurons seen and active per layer, choices per expert."""
-        if not self._neurons:
-            self._neurons = list(counters["neurons"])
-            self._active = list(counters["active_neurons"])
-            self.expert_counts = [list(row) for row in counters["expert_counts"]]
-        else:
-            for layer, row in enumerate(counters["expert_counts"]):
-                self._neurons[layer] += counters["neurons"][layer]
-                self._active[layer] += counters["active_neurons"][layer]
-                self.expert_counts[layer] = [
-                    old + new for old, new in zip(self.expert_counts[layer], row, strict=True)
-                ]
-        self.active_neuron_share = sum(self._active) / max(sum(self._neurons), 1)
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        """Take over what the core counted: neurons seen and active per layer, choices per expert."""
+        neurons, active = counters["neurons"], counters["active_neurons"]
+        self.expert_counts = counters["expert_counts"]
+        self.active_neuron_share = sum(active) / max(sum(neurons), 1)
         self.active_neuron_share_by_layer = [
-            active / max(seen, 1) for active, seen in zip(self._active, self._neurons, strict=True)
+            on / max(seen, 1) for on, seen in zip(active, neurons, strict=True)
         ]
 
     @property
@@ -208,7 +196,7 @@ class Generation(Iterator[Token]):
                 for start in range(0, len(rest), chunk):
                     part = rest[start : start + chunk]
                     last = start + chunk >= len(rest)
-                    engine._compute(session, part, logits if last else None, stats)
+                    engine._compute(session, part, logits if last else None)
                     if not last:
                         stats.prompt_s = time.perf_counter() - started
                 stats.prompt_s = time.perf_counter() - started
@@ -226,15 +214,14 @@ class Generation(Iterator[Token]):
                     yield Token(token_id, logprob, tuple(top))
                     if stats.generated_tokens < limit:
                         step = time.perf_counter()
-                        engine._compute(session, np.array([token_id], np.int32), logits, stats)
+                        engine._compute(session, np.array([token_id], np.int32), logits)
                         stats.decode_s += time.perf_counter() - step
                         stats.decode_steps += 1
             except GeneratorExit:
                 stats.finish_reason = "cancelled"
                 raise
             finally:
-                stats.peak_rss_bytes = peak_resident_bytes()
-                engine._finish(stats)
+                engine._finish(stats, session)
 
 
 def check_token_ids(token_ids: Sequence[int] | NDArray[np.integer], vocab_size: int) -> NDArray[np.int32]:

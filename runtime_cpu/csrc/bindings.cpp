@@ -107,8 +107,9 @@ void forward(PyRuntime& self, PySession& session, const TokenArray& tokens,
   self.runtime.forward(session.session, ids, out, rows);
 }
 
-nb::dict take_counters(PyRuntime& self) {
-  const st::Counters counters = self.runtime.take_counters();
+nb::dict take_counters(PySession& self) {
+  const st::Counters counters = self.session.counters;
+  self.session.counters.reset(self.model->hyper);
   const auto experts = static_cast<std::size_t>(self.model->hyper.experts);
   nb::list neurons;
   nb::list active;
@@ -206,6 +207,7 @@ NB_MODULE(_core, m) {
   nb::class_<PySession>(m, "Session")
       .def_prop_ro("length", [](const PySession& s) { return s.session.length(); })
       .def("tokens", [](const PySession& s) { return s.session.tokens(); })
+      .def("take_counters", &take_counters)
       .def("truncate", [](PySession& s, std::int64_t length) { return s.session.truncate(length); });
 
   nb::class_<PyRuntime>(m, "Runtime")
@@ -216,9 +218,10 @@ NB_MODULE(_core, m) {
                  PyRuntime{model.model, {model.model, options(threads, context, kv_type, kernels, chunk)}};
            })
       .def("new_session",
-           [](const PyRuntime& s) { return PySession{s.model, st::Session(s.runtime.kv_layout())}; })
+           [](const PyRuntime& s) {
+             return PySession{s.model, st::Session(s.runtime.kv_layout(), s.model->hyper)};
+           })
       .def("forward", &forward, nb::arg("session"), nb::arg("token_ids"), nb::arg("logits").none())
-      .def("take_counters", &take_counters)
       .def_prop_ro("kernels", [](const PyRuntime& s) { return std::string(s.runtime.kernels().name); })
       .def_prop_ro("kv_type",
                    [](const PyRuntime& s) { return std::string(s.runtime.kv_layout().half ? "f16" : "f32"); })

@@ -93,21 +93,6 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
     inverse_frequencies_.push_back(
         static_cast<float>(std::pow(static_cast<double>(hyper.rope_theta), -exponent)));
   }
-  reset_counters();
-}
-
-void Runtime::reset_counters() {
-  const auto layers = static_cast<std::size_t>(model_->hyper.layers);
-  counters_.neurons.assign(layers, 0);
-  counters_.active_neurons.assign(layers, 0);
-  counters_.expert_counts.assign(layers * static_cast<std::size_t>(model_->hyper.experts), 0);
-}
-
-Counters Runtime::take_counters() {
-  const std::lock_guard lock(mutex_);
-  Counters taken = std::move(counters_);
-  reset_counters();
-  return taken;
 }
 
 void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
@@ -124,6 +109,7 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
     }
   }
   if (logit_rows < 0 || logit_rows > count) throw EngineError("there are more rows of logits than tokens");
+  counters_.reset(model_->hyper);
   std::vector<BatchRow> rows;
   for (std::int64_t start = 0; start < count; start += chunk_) {
     const std::int64_t size = std::min(chunk_, count - start);
@@ -136,6 +122,7 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
     run_batch(rows, logits, wanted);
     if (logits != nullptr) logits += wanted * model_->hyper.vocab;
   }
+  session.counters.add(counters_);
 }
 
 template <typename Work>

@@ -39,12 +39,6 @@ struct Plan {
 };
 Plan make_plan(const Model& model, const RuntimeOptions& options);
 
-struct Counters {
-  std::vector<std::uint64_t> neurons;         // per layer: computed
-  std::vector<std::uint64_t> active_neurons;  // per layer: with a gate above zero
-  std::vector<std::uint64_t> expert_counts;   // [layers][experts]
-};
-
 // One token of a batch. Rows of different sessions may share a batch: only attention looks at the session.
 struct BatchRow {
   Session* session = nullptr;
@@ -96,9 +90,6 @@ class Runtime {
   void forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
                std::int64_t logit_rows);
 
-  // Since the last call.
-  Counters take_counters();
-
  private:
   struct Task {
     const Matrix* matrix;
@@ -125,7 +116,6 @@ class Runtime {
   void add_tasks(const Matrix& matrix, std::int64_t expert, const Activations& x, std::int64_t tokens,
                  float* out, std::int64_t out_stride, std::int64_t first_slot = 0);
   void run_matmuls();
-  void reset_counters();
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;
@@ -137,7 +127,7 @@ class Runtime {
   std::vector<Task> tasks_;
   std::vector<float> inverse_frequencies_;
   bool quantise_router_input_ = false;
-  Counters counters_;
+  Counters counters_;  // of the forward pass under way
   std::mutex mutex_;
 };
 

@@ -28,7 +28,24 @@ std::size_t KvLayout::bytes() const {
   return total;
 }
 
-Session::Session(const KvLayout& layout) : layout_(layout) {
+void Counters::reset(const Hyperparameters& hyper) {
+  const auto layers = static_cast<std::size_t>(hyper.layers);
+  neurons.assign(layers, 0);
+  active_neurons.assign(layers, 0);
+  expert_counts.assign(layers * static_cast<std::size_t>(hyper.experts), 0);
+}
+
+void Counters::add(const Counters& other) {
+  const auto sum = [](std::vector<std::uint64_t>& to, const std::vector<std::uint64_t>& from) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+  };
+  sum(neurons, other.neurons);
+  sum(active_neurons, other.active_neurons);
+  sum(expert_counts, other.expert_counts);
+}
+
+Session::Session(const KvLayout& layout, const Hyperparameters& hyper) : layout_(layout) {
+  counters.reset(hyper);
   std::size_t total = 0;
   for (std::size_t i = 0; i < layout_.windowed.size(); ++i) {
     offsets_.push_back(total);

@@ -37,10 +37,20 @@ struct KvLayout {
   std::size_t bytes() const;
 };
 
+// What the experts did for one sequence.
+struct Counters {
+  std::vector<std::uint64_t> neurons;         // per layer: computed
+  std::vector<std::uint64_t> active_neurons;  // per layer: with a gate above zero
+  std::vector<std::uint64_t> expert_counts;   // [layers][experts]: how often chosen
+
+  void reset(const Hyperparameters& hyper);
+  void add(const Counters& other);
+};
+
 class Session {
  public:
   // Throws EngineError when there is no memory.
-  explicit Session(const KvLayout& layout);
+  Session(const KvLayout& layout, const Hyperparameters& hyper);
 
   const KvLayout& layout() const { return layout_; }
   std::int64_t length() const { return static_cast<std::int64_t>(tokens_.size()); }
@@ -49,6 +59,9 @@ class Session {
   // Forget everything after `length` tokens; returns how many are left: 0 when a ring has already overwritten
   // what the next token would need to see.
   std::int64_t truncate(std::int64_t length);
+
+  // Kept until somebody clears them.
+  Counters counters;
 
   void append(const std::int32_t* tokens, std::int64_t count);
 
