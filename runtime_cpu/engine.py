@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu import _core
+from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.memory import (
     MemoryBudgetError,
@@ -48,7 +49,7 @@ _DEFAULT_SESSIONS = 4
 
 
 class EngineBusyError(_core.EngineError):
-    """All sequence states stayed in use for ``wait_s``; close a generation or open the engine with more ``sessions``."""
+    """Every sequence state stayed in use for ``wait_s``: close a generation, or open with more ``sessions``."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,27 @@ class Engine:
             TokenizerError: the file has none, or one of another kind.
         """
         return Tokenizer.from_metadata(self.metadata)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The prompt for ``messages`` by the file's chat template, as text to look at.
+
+        What a model is fed should come from :meth:`encode_chat`: there a message's text cannot become control
+        tokens.
+
+        Raises:
+            ChatTemplateError: the template refuses the conversation.
+        """
+        return self._chat_template.render(messages, add_generation_prompt)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The prompt for ``messages`` as ids."""
+        return self._chat_template.encode(messages, add_generation_prompt)
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate.from_metadata(self.metadata, self.tokenizer)
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after every one of ``token_ids`` [T]: float32 [T, V]; row t predicts token t + 1.
