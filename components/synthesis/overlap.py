@@ -1,0 +1,79 @@
+"""Keeps evaluation items out of what is synthesized: ``EvaluationItems.read(folder, …).overlap(text, messages)``.
+
+The same 13-gram index as in ``curate``, and every question of the evaluation sets word for word.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components.artifacts import StageError
+from components.synthesis.prompts import Message
+
+_EXCLUDE_NAME = "exclude.jsonl"
+
+
+@dataclass
+class EvaluationItems:
+    """What must not occur.
+
+    Attributes:
+        questions: questions, lower-case, spaces levelled.
+        filters: curate's overlap filter by language.
+    """
+
+    questions: set[str]
+    filters: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, ngram: int, min_words: int, scratch: Path) -> EvaluationItems:
+        """Index the ``evalsets`` artefact; the index is kept in ``scratch``.
+
+        Raises:
+            StageError: a file there is damaged.
+        """
+        from components.curation.decontamination import OverlapFilter, OverlapIndex
+        from components.curation.policies import CHINESE, ENGLISH
+
+        index = scratch / "overlap.pickle"
+        OverlapIndex.build(folder, ngram, min_words).save(index)
+        filters = {"en": OverlapFilter(index, ENGLISH, False), "zh": OverlapFilter(index, CHINESE, False)}
+        questions = set()
+        for path in sorted(folder.glob("*.jsonl")):
+            if path.name != _EXCLUDE_NAME:
+                questions.update(_questions(path))
+        return cls(questions, filters)
+
+    def has_question(self, question: str) -> bool:
+        """Whether an evaluation set asks just this."""
+        return _level(question) in self.questions
+
+    def overlap(self, text: str, messages: list[Message] | None) -> str | None:
+        """``evaluation_item`` or ``evaluation_overlap`` when ``text`` must not be kept, else ``None``."""
+        from datatrove.data import Document  # type: ignore[import-untyped]
+
+        if messages is not None and self.has_question(messages[0]["content"]):
+            return "evaluation_item"
+        language = "zh" if any("\u4e00" <= character <= "\u9fff" for character in text) else "en"
+        kept = self.filters[language].filter(Document(text=text, id=""))
+        return None if kept is True else "evaluation_overlap"
+
+
+def _questions(path: Path) -> set[str]:
+    found = set()
+    with path.open(encoding="utf-8") as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                found.add(_level(str(json.loads(line)["question"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StageError(
+                    f"{path} line {number} is not an evaluation item; rebuild evalsets"
+                ) from error
+    return found
+
+
+def _level(text: str) -> str:
+    return " ".join(text.lower().split())
