@@ -162,7 +162,7 @@ def bytes_per_token(model: _core.Model) -> int:
     total = 0
     for name, _kind, shape, _offset, size in model.tensors():
         if name == "token_embd.weight" and not model.tied_embeddings:
-            total += size // max(shape)
+            total += size // shape[-1]
         elif "_exps." in name:
             total += size * model.experts_per_token // model.experts
         else:
@@ -192,7 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, help="measured runs (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--decode", type=int, default=64, help="tokens generated (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write everything measured to this file")
+    parser.add_argument(
+        "--json", metavar="OUT", help="write everything measured to this file; - for standard output"
+    )
     parser.add_argument(
         "--peer", action="store_true", help="measure llama.cpp too (package llama-cpp-python)"
     )
@@ -237,9 +239,18 @@ def main(arguments: list[str] | None = None) -> int:
         "read_bytes_per_s": {str(count): round(speed) for count, speed in bandwidth.items()},
         "rows": [asdict(row) for row in rows],
     }
+    text = json.dumps(report, indent=2) + "\n"
+    if options.json == "-":
+        sys.stderr.write(table(report, rows))
+        sys.stdout.write(text)
+        return 0
     sys.stdout.write(table(report, rows))
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        try:
+            Path(options.json).write_text(text)
+        except OSError as error:
+            sys.stderr.write(f"error: cannot write {options.json}: {error.strerror}\n")
+            return 2
     return 0
 
 
