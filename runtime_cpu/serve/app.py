@@ -415,7 +415,7 @@ class _Gate:
         if key is None or request.url.path in ("/", "/health"):
             return None
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode()):
+        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
             return None
         return ApiError(
             401,
