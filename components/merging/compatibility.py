@@ -1,6 +1,6 @@
 """Whether checkpoints can be merged: ``check_compatible({"sft": folder, "stage3": folder}, allow_rope_change=True)``.
 
-Only JSON and safetensors headers are read.
+Only JSON and safetensors headers are read, and a tied model's embedding with its copy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from components.artifacts import StageError
@@ -36,7 +37,8 @@ _FREE_KEYS = frozenset(
     }
 )
 _ROPE_KEY = "rope_theta"
-_TIED_HEAD = "lm_head.weight"
+EMBEDDING_NAME = "model.embed_tokens.weight"
+HEAD_NAME = "lm_head.weight"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def check_compatible(folders: Mapping[str, Path], allow_rope_change: bool) -> None:
     """Check that checkpoints agree in every architectural key, tensor name, shape and type.
 
-    A tied model's copy of its embedding (``lm_head.weight``) may be there or not: it is never merged.
+    A tied model's copy of its embedding (``lm_head.weight``) may be there or not; where it is, it must be a copy.
 
     Raises:
         StageError: they do not; names the key or the tensor and both checkpoints.
@@ -131,6 +133,20 @@ def _describe(entry: tuple[str, tuple[int, ...]]) -> str:
 
 def _without_tied_head(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     shapes = read_shapes(folder)
-    if read_config(folder).get("tie_word_embeddings"):
-        shapes.pop(_TIED_HEAD, None)
+    if read_config(folder).get("tie_word_embeddings") and HEAD_NAME in shapes:
+        if not torch.equal(_read_tensor(folder, HEAD_NAME), _read_tensor(folder, EMBEDDING_NAME)):
+            raise StageError(
+                f"{folder} says that its embeddings are tied, and its tensors {HEAD_NAME} and {EMBEDDING_NAME} "
+                "differ; loaders would use the embedding. Save it again through the model, then merge."
+            )
+        del shapes[HEAD_NAME]
     return shapes
+
+
+def _read_tensor(folder: Path, name: str) -> torch.Tensor:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  # not a dict
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
+    raise StageError(f"{folder} has no tensor {name}.")

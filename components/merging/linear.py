@@ -24,7 +24,15 @@ from mergekit.plan import MergePlanner
 from transformers import AutoConfig
 
 from components.artifacts import StageError
-from components.merging.compatibility import INDEX_NAME, check_compatible, read_config, weight_files
+from components.merging.compatibility import (
+    EMBEDDING_NAME,
+    HEAD_NAME,
+    INDEX_NAME,
+    check_compatible,
+    read_config,
+    read_shapes,
+    weight_files,
+)
 from model import SmallThinkerConfig
 
 _ARCHITECTURE = "SmallThinkerForCausalLM"
@@ -40,11 +48,19 @@ _LAYER_NAMES = (
 
 
 class SmallThinkerTensors(ModuleArchitecture):  # type: ignore[misc]  # MergeKit is untyped
-    """The official tensor names of a SmallThinker, for MergeKit."""
+    """The official tensor names of a SmallThinker, for MergeKit.
+
+    Args:
+        with_head: write ``lm_head.weight``. In a tied model it is a copy of the embedding, which files may carry
+            (the released 4B does) or not; a file without it lends its embedding.
+    """
+
+    def __init__(self, with_head: bool) -> None:
+        self.with_head = with_head
 
     def pre_weights(self, config: Any) -> list[WeightInfo]:
         """The embedding."""
-        return [WeightInfo(name="model.embed_tokens.weight", vocabulary_axis=0)]
+        return [WeightInfo(name=EMBEDDING_NAME, vocabulary_axis=0)]
 
     def layer_weights(self, index: int, config: Any) -> list[WeightInfo]:
         """One layer: attention, norms, router and every expert's three matrices."""
@@ -54,16 +70,17 @@ class SmallThinkerTensors(ModuleArchitecture):  # type: ignore[misc]  # MergeKit
         return [WeightInfo(name=f"model.layers.{index}.{name}") for name in names]
 
     def post_weights(self, config: Any) -> list[WeightInfo]:
-        """The final norm, and the output matrix unless it is the embedding itself."""
+        """The final norm, and the output matrix if it is wanted."""
         weights = [WeightInfo(name="model.norm.weight")]
-        if not config.tie_word_embeddings:
-            weights.append(WeightInfo(name="lm_head.weight", vocabulary_axis=0))
+        if self.with_head:
+            aliases = (EMBEDDING_NAME,) if config.tie_word_embeddings else None
+            weights.append(WeightInfo(name=HEAD_NAME, vocabulary_axis=0, aliases=aliases))
         return weights
 
 
-def tensor_names(config: SmallThinkerConfig) -> set[str]:
+def tensor_names(config: SmallThinkerConfig, with_head: bool) -> set[str]:
     """Names of all tensors that are merged."""
-    return {weight.name for weight in SmallThinkerTensors().all_weights(config)}
+    return {weight.name for weight in SmallThinkerTensors(with_head).all_weights(config)}
 
 
 def merge(
@@ -86,7 +103,8 @@ def merge(
     Raises:
         StageError: the checkpoints do not fit each other, or no weight is positive.
     """
-    used = {name: part for name, part in parts.items() if part[1] > 0.0}
+    # By name, so that the result does not depend on the caller's order (float32 sums do).
+    used = {name: part for name, part in sorted(parts.items()) if part[1] > 0.0}
     if not used or any(weight < 0.0 for _, weight in parts.values()):
         raise StageError(
             f"the merging weights {[w for _, w in parts.values()]} need to be >= 0, one of them above 0."
@@ -109,6 +127,7 @@ def merge(
 
 
 def _run_mergekit(parts: list[tuple[Path, float]], config_folder: Path, out: Path, shard_bytes: int) -> None:
+    with_head = any(HEAD_NAME in read_shapes(folder) for folder, _ in parts)
     logging.getLogger("mergekit").setLevel(logging.WARNING)
     references = [ModelReference(model=ModelPath(path=str(folder))) for folder, _ in parts]
     configuration = MergeConfiguration(
@@ -123,7 +142,7 @@ def _run_mergekit(parts: list[tuple[Path, float]], config_folder: Path, out: Pat
         copy_tokenizer=False, write_model_card=False, quiet=True, out_shard_size=shard_bytes, device="cpu"
     )
     architecture = ModelArchitecture(
-        modules={"default": ModuleDefinition(architecture=SmallThinkerTensors())},
+        modules={"default": ModuleDefinition(architecture=SmallThinkerTensors(with_head))},
         architectures=[_ARCHITECTURE],
         model_type="smallthinker",
     )

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from components.artifacts import StageError
 from components.posttraining.dialogues import DialogueEncoder
@@ -36,7 +37,7 @@ def load_model(folder: Path, device: torch.device) -> SmallThinkerForCausalLM:
         raise StageError(f"{folder} does not hold a model: config.json is missing.")
     try:
         model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {folder} cannot be loaded: {error}") from error
     torch.nn.Module.to(model, device)
     model.train(False)
