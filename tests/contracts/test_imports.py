@@ -20,11 +20,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Whoever verifies or measures the engine runs it, as a peer like onnxruntime and not as a foundation.
 MEASURES_THE_ENGINE = ("components/export/", "components/devices/")
-    "components/export/",
-    "components/devices/",
-    "components/synthesis/",
-    "components/evaluation/",
-)
 # An edge box has none of these.
 NOT_ON_AN_EDGE_BOX = {
     "torch", "transformers", "deepspeed", "prefect", "mlflow", "datatrove", "lm_eval", "accelerate", "datasets",
