@@ -1,0 +1,255 @@
+// Every kernel of every table against the plain reference, over ragged and empty shapes, with a bound per
+// type.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "check.hpp"
+#include "gguf_builder.hpp"
+#include "kernels.hpp"
+
+using namespace smallthinker;
+using namespace smallthinker::testing;
+
+namespace {
+
+constexpr double kEpsilon = 0x1p-24;
+
+struct Inputs {
+  std::vector<float> f32;
+  std::vector<std::int16_t> q;
+  std::vector<float> scales;
+  std::int64_t stride = 0;
+  Activations view(const std::int32_t* index) const {
+    return {f32.data(), q.data(), scales.data(), stride, index};
+  }
+};
+
+Inputs make_inputs(RandomStream& random, std::int64_t rows, std::int64_t cols) {
+  Inputs x;
+  x.stride = round_up(cols, kActivationBlock);
+  x.f32.assign(static_cast<std::size_t>(rows * x.stride), 0.0F);
+  x.q.resize(x.f32.size());
+  x.scales.resize(x.f32.size() / kActivationBlock);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t i = 0; i < cols; ++i) {
+      // A few large values, as real residual streams have.
+      const float boost = random.fraction() < 0.02 ? 30.0F : 1.0F;
+      x.f32[static_cast<std::size_t>(r * x.stride + i)] = boost * uniform(random);
+    }
+  }
+  reference_table().quantise(x.f32.data(), rows * x.stride, x.q.data(), x.scales.data());
+  return x;
+}
+
+// What a correct kernel may differ by: rounding of fp32 sums, and for quantised weights half a step of the
+// 16-bit activations per element.
+double bound(const std::vector<float>& weights, const Inputs& x, std::int64_t row, bool quantised) {
+  double magnitude = 0.0;
+  double steps = 0.0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const auto at = static_cast<std::size_t>(row * x.stride) + i;
+    magnitude += std::fabs(static_cast<double>(weights[i]) * static_cast<double>(x.f32[at]));
+    steps +=
+        std::fabs(static_cast<double>(weights[i])) * static_cast<double>(x.scales[at / kActivationBlock]);
+  }
+  const double rounding = magnitude * kEpsilon * (8.0 + static_cast<double>(weights.size()) / 8.0);
+  return rounding + (quantised ? 0.5001 * steps : 0.0) + 1e-30;
+}
+
+void test_matmul(const Kernels& kernels, Type type, std::int64_t cols, RandomStream& random) {
+  const TypeTraits& traits = traits_of(type);
+  if (cols % traits.block != 0) return;
+  constexpr std::int64_t kRows = 7;
+  constexpr std::int64_t kExperts = 2;
+  const Bytes bytes = random_rows(random, type, cols * kRows * kExperts, 0.3F);
+  const Matrix matrix = make_matrix(bytes.data(), type, cols, kRows, kExperts);
+  const Inputs x = make_inputs(random, 9, cols);
+  const std::vector<std::int32_t> index = {8, 0, 3, 3, 1, 7, 2, 5, 4};
+  std::vector<float> weights(static_cast<std::size_t>(cols));
+  for (const std::int64_t tokens : {0, 1, 2, 3, 4, 5, 7, 9}) {
+    for (const std::int32_t* order : {static_cast<const std::int32_t*>(nullptr), index.data()}) {
+      constexpr std::int64_t kStride = kRows + 3;
+      std::vector<float> out(static_cast<std::size_t>(9 * kStride), 42.0F);
+      kernels.matmul(matrix, 1, 0, kRows, x.view(order), tokens, out.data(), kStride);
+      for (std::int64_t t = 0; t < 9; ++t) {
+        for (std::int64_t r = 0; r < kStride; ++r) {
+          const float value = out[static_cast<std::size_t>(t * kStride + r)];
+          if (t >= tokens || r >= kRows) {
+            CHECK(value == 42.0F, "%s wrote outside its range", kernels.name);
+            continue;
+          }
+          const std::int64_t row = order != nullptr ? order[t] : t;
+          dequantise(type, matrix.row(r, 1), cols, weights.data());
+          double exact = 0.0;
+          for (std::int64_t i = 0; i < cols; ++i) {
+            exact += static_cast<double>(weights[static_cast<std::size_t>(i)]) *
+                     static_cast<double>(x.f32[static_cast<std::size_t>(row * x.stride + i)]);
+          }
+          const double error = std::fabs(static_cast<double>(value) - exact);
+          const double allowed = bound(weights, x, row, traits.quantised);
+          CHECK(error <= allowed, "%s %s cols %ld tokens %ld: error %g, allowed %g", kernels.name,
+                traits.name, static_cast<long>(cols), static_cast<long>(tokens), error, allowed);
+          float alone = 0.0F;
+          Activations single = x.view(nullptr);
+          const auto which = static_cast<std::int32_t>(row);
+          single.index = &which;
+          kernels.matmul(matrix, 1, r, r + 1, single, 1, &alone, 1);
+          CHECK(alone == value, "%s %s: a token alone gives other bits", kernels.name, traits.name);
+        }
+      }
+    }
+  }
+}
+
+void test_quantise(const Kernels& kernels, RandomStream& random) {
+  for (int round = 0; round < 200; ++round) {
+    std::vector<float> x(64);
+    for (float& value : x) value = std::ldexp(uniform(random), static_cast<int>(random.next() % 80) - 60);
+    if (round == 0) x.assign(64, 0.0F);
+    if (round == 1) x.assign(64, std::numeric_limits<float>::max());
+    if (round == 2) x.assign(64, std::numeric_limits<float>::denorm_min());
+    if (round == 3) x[5] = std::numeric_limits<float>::infinity();
+    if (round == 4) x[40] = std::numeric_limits<float>::quiet_NaN();
+    std::vector<std::int16_t> q(64), expected_q(64);
+    std::vector<float> scales(2), expected_scales(2);
+    reference_table().quantise(x.data(), 64, expected_q.data(), expected_scales.data());
+    kernels.quantise(x.data(), 64, q.data(), scales.data());
+    CHECK(q == expected_q, "%s quantise, round %d", kernels.name, round);
+    for (std::size_t i = 0; i < 2; ++i) {
+      CHECK(scales[i] == expected_scales[i] || (std::isnan(scales[i]) && std::isnan(expected_scales[i])),
+            "%s quantise scale", kernels.name);
+      if (std::isnan(scales[i])) continue;
+      for (std::size_t j = 0; j < 32; ++j) {
+        const double back = static_cast<double>(q[32 * i + j]) * static_cast<double>(scales[i]);
+        const double error = std::fabs(back - static_cast<double>(x[32 * i + j]));
+        CHECK(error <= 0.502 * static_cast<double>(scales[i]) + 32767.0 * 1.2e-38, "%s quantise error",
+              kernels.name);
+      }
+    }
+  }
+}
+
+void compare(const char* what, const std::vector<float>& got, const std::vector<float>& expected,
+             double relative, double absolute) {
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    const double error = std::fabs(static_cast<double>(got[i]) - static_cast<double>(expected[i]));
+    const double allowed = relative * std::fabs(static_cast<double>(expected[i])) + absolute;
+    CHECK(error <= allowed, "%s[%zu]: %.9g, expected %.9g", what, i, static_cast<double>(got[i]),
+          static_cast<double>(expected[i]));
+  }
+}
+
+std::vector<float> random_vector(RandomStream& random, std::int64_t size) {
+  std::vector<float> values(static_cast<std::size_t>(size));
+  for (float& value : values) value = 2.0F * uniform(random);
+  return values;
+}
+
+void test_elementwise(const Kernels& kernels, std::int64_t size, RandomStream& random) {
+  const Kernels& plain = reference_table();
+  const auto x = random_vector(random, size);
+  const auto y = random_vector(random, size);
+  std::vector<float> got(x.size()), expected(x.size());
+  plain.rms_norm(x.data(), y.data(), size, 1e-6F, expected.data());
+  kernels.rms_norm(x.data(), y.data(), size, 1e-6F, got.data());
+  compare("rms_norm", got, expected, 4 * kEpsilon, 1e-30);
+  got = expected = x;
+  plain.add_scaled(expected.data(), y.data(), size, 0.3F);
+  kernels.add_scaled(got.data(), y.data(), size, 0.3F);
+  compare("add_scaled", got, expected, 0.0, 2 * kEpsilon);
+  plain.scale(expected.data(), size, 1.7F);
+  kernels.scale(got.data(), size, 1.7F);
+  compare("scale", got, expected, 2 * kEpsilon, 4 * kEpsilon);
+  std::vector<std::uint16_t> half(x.size()), expected_half(x.size());
+  plain.to_half(x.data(), size, expected_half.data());
+  kernels.to_half(x.data(), size, half.data());
+  CHECK(half == expected_half, "%s to_half", kernels.name);
+  if (size % 2 == 0) {
+    got = expected = x;
+    plain.rotate(expected.data(), size, y.data(), y.data() + size / 2);
+    kernels.rotate(got.data(), size, y.data(), y.data() + size / 2);
+    compare("rotate", got, expected, 0.0, 16 * kEpsilon);
+  }
+  got = expected = x;
+  for (std::size_t i = 0; i < got.size(); ++i)
+    got[i] = expected[i] = (i % 5 == 0 ? 30.0F : 3.0F) * (got[i] - 2.0F);
+  const float sum = plain.exp_sum(expected.data(), size, 0.0F);
+  const float fast = kernels.exp_sum(got.data(), size, 0.0F);
+  compare("exp_sum", got, expected, 4 * kEpsilon, 1.3e-38);
+  CHECK(std::fabs(sum - fast) <= 1e-5F * sum + 1e-30F, "%s exp_sum over %ld", kernels.name,
+        static_cast<long>(size));
+}
+
+void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
+                    bool half, RandomStream& random) {
+  const auto q = random_vector(random, groups * dim);
+  const auto rows = random_vector(random, count * dim);
+  std::vector<std::uint16_t> packed(rows.size());
+  reference_table().to_half(rows.data(), count * dim, packed.data());
+  KvRows kv{rows.data(), false, count};
+  if (half) kv = {packed.data(), true, count};
+  const std::int64_t stride = count + 1;
+  std::vector<float> got(static_cast<std::size_t>(groups * stride), 5.0F);
+  std::vector<float> expected = got;
+  reference_table().attention_scores(q.data(), groups, dim, kv, 0.25F, expected.data(), stride);
+  kernels.attention_scores(q.data(), groups, dim, kv, 0.25F, got.data(), stride);
+  compare("attention_scores", got, expected, 4 * kEpsilon, static_cast<double>(dim) * 2 * kEpsilon);
+  std::vector<float> out = q;
+  std::vector<float> expected_out = q;
+  reference_table().attention_values(expected.data(), stride, groups, dim, kv, expected_out.data());
+  kernels.attention_values(expected.data(), stride, groups, dim, kv, out.data());
+  double size = 1.0;
+  for (const float value : expected) size += std::fabs(static_cast<double>(value));
+  compare("attention_values", out, expected_out, 4 * kEpsilon, size * 4 * kEpsilon);
+}
+
+}  // namespace
+
+void test_half() {
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    const auto half = static_cast<std::uint16_t>(i);
+    const float value = half_to_float(half);
+    if (std::isnan(value)) {
+      CHECK(std::isnan(half_to_float(float_to_half(value))));
+    } else {
+      CHECK(float_to_half(value) == half, "half %x", i);
+    }
+  }
+  CHECK(half_to_float(0x3C00) == 1.0F && half_to_float(0xC000) == -2.0F && half_to_float(0x0001) == 0x1p-24F);
+  // Between two neighbours: to nearest, ties to even.
+  for (std::uint32_t i = 0; i < 0x7BFF; ++i) {
+    const float low = half_to_float(static_cast<std::uint16_t>(i));
+    const float high = half_to_float(static_cast<std::uint16_t>(i + 1));
+    const float middle = 0.5F * (low + high);
+    CHECK(float_to_half(middle) == (i % 2 == 0 ? i : i + 1), "tie above %x", i);
+    CHECK(float_to_half(std::nextafter(middle, 0.0F)) == i &&
+          float_to_half(std::nextafter(middle, 1e9F)) == i + 1);
+  }
+  CHECK(float_to_half(65519.9F) == 0x7BFF && float_to_half(65520.0F) == 0x7C00 &&
+        float_to_half(-1e30F) == 0xFC00);
+}
+
+void test_kernels() {
+  RandomStream random(7);
+  for (const Kernels* kernels : available_kernels()) {
+    for (const TypeTraits& traits : kTypes) {
+      for (const std::int64_t cols : {1, 7, 8, 15, 16, 17, 31, 32, 33, 64, 96, 100, 160, 256, 512, 768}) {
+        test_matmul(*kernels, traits.type, cols, random);
+      }
+    }
+    test_quantise(*kernels, random);
+    for (const std::int64_t size : {1, 2, 3, 7, 8, 9, 16, 30, 32, 64, 100, 257}) {
+      test_elementwise(*kernels, size, random);
+    }
+    for (const std::int64_t groups : {1, 2, 3, 6, 7}) {
+      for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 128}) {
+        for (const std::int64_t count : {0, 1, 3, 64}) {
+          test_attention(*kernels, groups, dim, count, false, random);
+          test_attention(*kernels, groups, dim, count, true, random);
+        }
+      }
+    }
+    std::printf("kernels %s: ok\n", kernels->name);
+  }
+}
