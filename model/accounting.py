@@ -13,7 +13,8 @@ class ParameterCounts:
 
     Attributes:
         total: all, a tied output matrix counted once.
-        active: read for one token, without the vocabulary matrices (the "A0.6B" and "A3B" of the releases' names).
+        active: read for one token, without the vocabulary matrices (the "A0.6B" and "A3B" of the releases'
+        names).
         vocabulary: one vocabulary matrix.
     """
 

@@ -1,13 +1,15 @@
-"""Checkpoints in the official layout: one tensor per expert and projection in files, stacked experts in memory.
+"""Checkpoints in the official layout: one tensor per expert and projection in files, stacked experts in
+memory.
 
-``for name, tensor in OfficialCheckpoint(folder).stacked(): ...`` converts a checkpoint of any size while holding one
-stacked tensor at a time (1.5 GiB for the widest tensor of the 21B in float32).
+``for name, tensor in OfficialCheckpoint(folder).stacked(): ...`` converts a checkpoint of any size while
+holding one stacked tensor at a time (1.5 GiB for the widest tensor of the 21B in float32).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -112,8 +114,8 @@ def parameter_shapes(config: SmallThinkerConfig) -> dict[str, tuple[int, ...]]:
 class OfficialCheckpoint:
     """A folder of sharded or single safetensors under official names, read one tensor at a time.
 
-    Only one file is mapped at any moment, and it is unmapped before the next is opened, so the memory in use is that
-    of the tensors handed out plus one file's pages, which the system may drop.
+    Only one file is mapped at any moment, and it is unmapped before the next is opened, so the memory in
+    use is that of the tensors handed out plus one file's pages, which the system may drop.
     """
 
     def __init__(self, folder: Path | str, config: SmallThinkerConfig | None = None) -> None:
@@ -192,10 +194,16 @@ class OfficialCheckpoint:
         tensor: Tensor = self._file(self.files[name]).get_tensor(name)
         return tensor
 
+    def read_entry(self, entry: OfficialTensor) -> Tensor:
+        """A tensor of the layout; a tied model's output matrix is its embedding, whatever the file holds."""
+        tied = self.config.tie_word_embeddings and entry.name == _HEAD
+        return self.read(_EMBEDDING if tied else entry.name)
+
     def stacked(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """The parameters as they lie in memory, one at a time; ``dtype`` converts.
 
-        A tied model's ``lm_head.weight`` is compared with the embedding, not handed out; see :meth:`check_tied`.
+        A tied model's ``lm_head.weight`` is compared with the embedding, not handed out; see
+        :meth:`check_tied`.
         """
         if self.config.tie_word_embeddings:
             self.check_tied()
@@ -232,8 +240,8 @@ class OfficialCheckpoint:
         """Load into a model on the meta device or an allocated one, one stacked tensor at a time.
 
         Args:
-            model: a ``SmallThinkerForCausalLM``. Meta parameters are replaced by CPU ones; others are written in
-                place, on their device and in their dtype.
+            model: a ``SmallThinkerForCausalLM``. Meta parameters are replaced by CPU ones; others are
+                written in place, on their device and in their dtype.
             dtype: dtype of parameters created for meta ones; default: the model's.
         """
         targets = dict(model.named_parameters(remove_duplicate=False))
@@ -261,8 +269,8 @@ def warn_untied(source: str) -> None:
 def write_checkpoint(
     folder: Path | str,
     config: SmallThinkerConfig,
-    parameter: Callable[[str], Tensor],
-    dtype: torch.dtype | None = None,
+    read: Callable[[OfficialTensor], Tensor],
+    dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write safetensors under the official names, one shard in memory at a time.
@@ -270,8 +278,8 @@ def write_checkpoint(
     Args:
         folder: created if needed; files of an earlier save are replaced. ``config.json`` is the caller's.
         config: gives the layout.
-        parameter: returns a parameter in memory by its name (``lm_head.weight`` is not asked for when tied).
-        dtype: converts while writing.
+        read: returns an official tensor; it is asked in the order of :func:`official_layout`.
+        dtype: dtype of the files.
         max_shard_bytes: upper size of a file, unless one tensor is larger.
     """
     folder = Path(folder)
@@ -279,8 +287,7 @@ def write_checkpoint(
     shards: list[list[OfficialTensor]] = [[]]
     filled = total_bytes = 0
     for entry in official_layout(config):
-        item = (dtype or parameter(_stored(entry, config)).dtype).itemsize
-        size = item * torch.Size(entry.shape).numel()
+        size = dtype.itemsize * math.prod(entry.shape)
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -291,16 +298,18 @@ def write_checkpoint(
     names = []
     for number, shard in enumerate(shards, start=1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for entry in shard:
-            view = entry.view(parameter(_stored(entry, config)).detach())
-            # clone: safetensors refuses tensors that share memory, and these are slices of one stack
-            tensors[entry.name] = view.to(device="cpu", dtype=dtype or view.dtype, copy=True).contiguous()
-            weight_map[entry.name] = name
+        # copy: safetensors refuses tensors that share memory, and some of these are slices of one stack
+        tensors = {
+            entry.name: read(entry).detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+            for entry in shard
+        }
+        weight_map.update(dict.fromkeys(tensors, name))
         partial = folder / f".{name}.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod(0o644)  # save_file leaves it readable by its owner only
         partial.replace(folder / name)
         names.append(name)
+        del tensors
     index = folder / INDEX_NAME
     if len(shards) == 1:
         index.unlink(missing_ok=True)
@@ -326,10 +335,6 @@ def parse_size(size: int | str) -> int:
     if match is None or match[2].upper() not in _SIZE_UNITS:
         raise CheckpointError(f"{size!r} is not a size; write a number of bytes or for example '5GB'.")
     return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
-
-
-def _stored(entry: OfficialTensor, config: SmallThinkerConfig) -> str:
-    return _EMBEDDING if config.tie_word_embeddings and entry.parameter == _HEAD else entry.parameter
 
 
 def _some(names: set[str]) -> str:

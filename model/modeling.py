@@ -45,11 +45,12 @@ class RouterStats(ModelOutput):  # type: ignore[misc]
 
     Attributes:
         expert_counts: ``[L, E]`` int64, tokens that chose each expert.
-        active_neurons: ``[L]`` int64, expert neurons with gate > 0 over all (token, chosen expert) pairs; divide by
-            ``tokens * K * F`` for the share of active neurons.
+        active_neurons: ``[L]`` int64, expert neurons with gate > 0 over all (token, chosen expert) pairs;
+            divide by ``tokens * K * F`` for the share of active neurons.
         active_neurons_by_expert: ``[L, E]`` int64, the same per expert; divide by ``expert_counts * F``.
         tokens: valid tokens.
-        experts: ``[L, B, T, K]`` int64, each token's choice, most wanted first. Only within ``record_experts``.
+        experts: ``[L, B, T, K]`` int64, each token's choice, most wanted first. Only within
+        ``record_experts``.
     """
 
     expert_counts: Tensor | None = None
@@ -76,14 +77,16 @@ class CausalLMOutput(ModelOutput):  # type: ignore[misc]
     """Output of :class:`SmallThinkerForCausalLM`.
 
     Attributes:
-        loss: ``ce_loss + load_balance_coef * load_balance_loss + router_z_coef * router_z_loss``; with labels only.
+        loss: ``ce_loss + load_balance_coef * load_balance_loss + router_z_coef * router_z_loss``; with
+        labels only.
         logits: ``[B, T, V]``, or the last ``logits_to_keep`` positions, in the model's dtype.
         ce_loss: mean next-token cross-entropy in nats; with labels only.
         load_balance_loss: unweighted, 1 at perfect balance.
         router_z_loss: unweighted mean over layers.
         router_stats: see :class:`RouterStats`.
         past_key_values: the cache, when used.
-        hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times ``[B, T, D]``.
+        hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times ``[B, T,
+        D]``.
     """
 
     loss: Tensor | None = None
@@ -137,6 +140,7 @@ class SmallThinkerDecoderLayer(GradientCheckpointingLayer):
     ) -> LayerOutput:
         """``[B, T, D]`` in, ``[B, T, D]`` and the router's figures out."""
         moe = self.block_sparse_moe
+        valid_T = None if torch.compiler.is_exporting() else valid_T
         routing = moe.primary_router(x_BTD.flatten(0, 1))
         y_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, past_key_values)
         m_TD = self.post_attention_layernorm(y_BTD).flatten(0, 1)
@@ -285,6 +289,8 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         x_BTD = self.norm(x_BTD)
         if output_hidden_states:
             hidden_states.append(x_BTD)
+        if torch.compiler.is_exporting():  # a graph for inference: no statistics, no losses
+            return ModelOutputWithStats(last_hidden_state=x_BTD, past_key_values=cache)
 
         counts_LE = torch.stack([output.counts_E for output in outputs])
         active_LE = torch.stack([output.active_E for output in outputs])
@@ -353,8 +359,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
     ) -> None:
         """Write the official layout: ``config.json``, ``generation_config.json`` and safetensors.
 
-        Unlike the inherited method it unstacks one file's experts at a time, and writes ``lm_head.weight`` of a tied
-        model too, as the release does.
+        Unlike the inherited method it unstacks one file's experts at a time, and writes ``lm_head.weight``
+        of a tied model too, as the release does.
 
         Args:
             save_directory: created if needed.
@@ -375,8 +381,13 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
         self.config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
         write_checkpoint(
-            folder, self.config, parameters.__getitem__, max_shard_bytes=parse_size(max_shard_size)
+            folder,
+            self.config,
+            lambda entry: entry.view(parameters[tied.get(entry.parameter, entry.parameter)]),
+            self.config.dtype,
+            max_shard_bytes=parse_size(max_shard_size),
         )
 
     def set_expert_backend(self, backend: Backend) -> None:
@@ -417,8 +428,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             past_key_values: cache of earlier tokens; grows in place, at most the window in windowed layers.
             inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             labels: ``[B, T]``, unshifted; -100 is ignored.
-            document_ids: ``[B, T]``; tokens attend only within their document, and a document's first token is no
-                label. Negative: padding. Not together with ``attention_mask`` or a cache.
+            document_ids: ``[B, T]``; tokens attend only within their document, and a document's first token
+                is no label. Negative: padding. Not together with ``attention_mask`` or a cache.
             use_cache: return a cache. Default: the config's, except in training or with labels or documents.
             logits_to_keep: compute logits for this many last positions (0: all) or for these positions.
             output_hidden_states: return the residual stream before every layer.
