@@ -112,8 +112,8 @@ def train_classifier(
     # One thread: fastText's parallel updates race, and the same config must give the same bytes.
     model = train_supervised(
         input=str(text_path),
-        epoch=8,
-        lr=0.3,
+        epoch=12,
+        lr=0.1,
         dim=24,
         wordNgrams=2,
         bucket=200_000,

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from components.artifacts import StageError
 
 INDEX_NAME = "index.json"
+CATEGORIES = ("general", "maths", "code", "web_stem", "chinese", "sft")
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _END_DTYPE = np.dtype("<u8")
 _SCAN_TOKENS = 1 << 22
@@ -132,7 +133,7 @@ class TokenShards:
         return tuple(self.shards)
 
     def categories(self, split: str) -> tuple[str, ...]:
-        """Names of a split's categories that hold tokens, in the index's order."""
+        """Names of a split's categories that hold tokens, in the project's order."""
         return tuple(name for name, shard in self._split(split).items() if len(shard))
 
     def shard(self, split: str, category: str) -> Shard:
@@ -173,6 +174,10 @@ class TokenShards:
                     ends = ends[(ends > 0) & (ends <= len(piece))]
                     if len(ends) and not bool((piece[ends - 1] == self.eos_id).all()):
                         raise ShardError(f"{name} has a document that does not end with token {self.eos_id}")
+
+
+def _order(category: str) -> tuple[int, str]:
+    return (CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES), category)
 
 
 def _open_shard(folder: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> Shard:
