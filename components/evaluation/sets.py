@@ -116,15 +116,13 @@ def mmlu_rows(paths: Sequence[Path]) -> list[Row]:
                     f"{path.name} line {number} is not a question with choices A to D and a letter as answer"
                 )
             question, *choices = (part.strip() for part in match.groups())
-            row = found.setdefault(
-                raw["question"].strip(),
-                {
-                    "id": f"mmlu-{_digest(raw['question'].strip())[:12]}",
-                    "question": question,
-                    "choices": choices,
-                    "answer": "ABCD".index(letter),
-                },
-            )
+            new: Row = {
+                "id": f"mmlu-{_digest(raw['question'].strip())[:12]}",
+                "question": question,
+                "choices": choices,
+                "answer": "ABCD".index(letter),
+            }
+            row = found.setdefault(raw["question"].strip(), new)
             if raw.get("topic"):
                 row["subject"] = raw["topic"]
     return list(found.values())
@@ -154,7 +152,7 @@ def mmlu(folder: Path, config: EvalSetsConfig) -> EvalSet:
 def parables_zh(folder: Path, config: EvalSetsConfig) -> EvalSet:
     """Chinese parables: which of five morals fits."""
     path = folder / _PARABLES
-    rows = []
+    rows: list[Row] = []
     for number, raw in enumerate(_json_lines(path), start=1):
         try:
             text, ideal = raw["input"][-1]["content"], raw["ideal"][0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -67,4 +69,31 @@ def save_tiny(folder: Path, seed: int = 0) -> Path:
     """A Hugging Face folder with tokenizer, as the training stages write it."""
     tiny_model(seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_shards(folder: Path, texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Token shards of held-out documents by category, with their tokenizer, as the stage tokenize writes them."""
+    eos = tokenizer.eos_token_id
+    entries = {}
+    for category, documents in texts.items():
+        tokens: list[int] = []
+        ends = []
+        for text in documents:
+            tokens += [*tokenizer.encode(text, add_special_tokens=False), eos]
+            ends.append(len(tokens))
+        name = f"shards/heldout/{category}/00000.ds"
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.array(tokens, dtype="<u2").tofile(path)
+        np.array(ends, dtype="<u8").tofile(path.with_name(path.name + ".index"))
+        entries[category] = {
+            "tokens": len(tokens),
+            "documents": len(documents),
+            "bytes": sum(len(text.encode()) for text in documents),
+            "files": [name],
+        }
+    index = {"dtype": "uint16", "vocab_size": len(tokenizer), "eos_id": eos, "splits": {"heldout": entries}}
+    (folder / "index.json").write_text(json.dumps(index))
+    tokenizer.save_pretrained(folder / "tokenizer")
     return folder
