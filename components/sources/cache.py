@@ -119,7 +119,8 @@ def _archive(package: Package, cache: Path, temporary: Path) -> tuple[Path, dict
     kept = cache / "archives"
     key = package.sha256[:24]  # by content: entries that share an archive download it once
     record = _read_json(kept / f"{key}.json")
-    if record is not None and record.get("pinned") == package.sha256:
+    origin = f"{package.client} {package.package} {package.version}"
+    if record is not None and (record.get("pinned"), record.get("package")) == (package.sha256, origin):
         path = kept / str(record["file"])
         if path.is_file() and sha256_file(path) == record["sha256"]:
             return path, {key: record[key] for key in ("served", "note")}
@@ -131,7 +132,7 @@ def _archive(package: Package, cache: Path, temporary: Path) -> tuple[Path, dict
     result.path.replace(path)
     record = {
         "file": path.name,
-        "package": f"{package.client} {package.package} {package.version}",
+        "package": origin,
         "sha256": result.sha256,
         "pinned": package.sha256,
         "served": result.version,

@@ -51,10 +51,8 @@ def download(package: Package, folder: Path, cache: Path) -> Download:
 
 
 def _pip(package: Package, folder: Path) -> Download:
-    if importlib.util.find_spec("pip") is not None:
-        pip = [sys.executable, "-m", "pip"]
-    else:
-        pip = [_client("pip", package)]
+    own = importlib.util.find_spec("pip") is not None
+    pip = [sys.executable, "-m", "pip"] if own else [_client("pip", package)]
     requirement = folder / "requirement.txt"
     # pip verifies the hash itself before it looks inside: an sdist's build code never runs unverified.
     requirement.write_text(f"{package.package}=={package.version} --hash=sha256:{package.sha256}\n")
