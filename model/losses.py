@@ -7,6 +7,7 @@ from specialising.
 Legend: B batch, T tokens, V vocabulary, L layers, E experts, K top-k.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     _CHUNK_BYTES = 1 << 20
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor) -> Tensor:
         rows = max(1, _ChunkedCrossEntropy._CHUNK_BYTES // (4 * logits_TV.shape[1]))
         gradient_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
         keep_T = targets_T != IGNORED_LABEL
@@ -52,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None]:
         gradient_TV, ctx.gradient_TV = ctx.gradient_TV, None
         if gradient_TV is None:
             raise RuntimeError("The cross-entropy's gradient was already used; it cannot be taken twice.")

@@ -7,6 +7,7 @@ The router reads the *raw* x, before any norm, so that an engine can fetch exper
 Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from model.attention import Attention, RMSNorm, RotaryEmbedding
 from model.checkpoint import parse_size, warn_untied, write_checkpoint
@@ -40,7 +41,7 @@ from model.masks import LayerMask, build_layer_mask
 
 
 @dataclass
-class RouterStats(ModelOutput):  # type: ignore[misc]
+class RouterStats(ModelOutput):
     """What the routers and experts did in one forward; padding is not counted.
 
     Attributes:
@@ -61,7 +62,7 @@ class RouterStats(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class ModelOutputWithStats(ModelOutput):  # type: ignore[misc]
+class ModelOutputWithStats(ModelOutput):
     """Output of :class:`SmallThinkerModel`; see :class:`CausalLMOutput` for the shared fields."""
 
     last_hidden_state: Tensor | None = None
@@ -73,7 +74,7 @@ class ModelOutputWithStats(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class CausalLMOutput(ModelOutput):  # type: ignore[misc]
+class CausalLMOutput(ModelOutput):
     """Output of :class:`SmallThinkerForCausalLM`.
 
     Attributes:
@@ -163,8 +164,8 @@ class SmallThinkerPreTrainedModel(PreTrainedModel):
     config: SmallThinkerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["SmallThinkerDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["SmallThinkerDecoderLayer"]  # noqa: RUF012  # transformers declares an instance variable
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _can_compile_fullgraph = False
 
@@ -201,7 +202,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = cast(nn.Embedding, value)
 
     def _masks(
         self,
@@ -277,7 +278,8 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         cos, sin = self.rotary_emb(position_ids, x_BTD.dtype)
         hidden_states = []
         outputs = []
-        for layer in self.layers:
+        for module in self.layers:
+            layer = cast(SmallThinkerDecoderLayer, module)
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             output = layer(
@@ -320,7 +322,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
 class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
     """SmallThinker with its output matrix and losses."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: SmallThinkerConfig) -> None:
         super().__init__(config)
@@ -331,7 +333,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
     @property
     def balance(self) -> LoadBalance:
         """The load-balance counts; call ``balance.reset()`` after each optimizer step."""
-        return self.model.balance
+        balance: LoadBalance = self.model.balance
+        return balance
 
     @balance.setter
     def balance(self, value: LoadBalance) -> None:
@@ -348,7 +351,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             missing_keys.add(head)  # else transformers leaves the two untied when they differ
         super().tie_weights(missing_keys=missing_keys, recompute_mapping=recompute_mapping)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -458,6 +461,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             if logits_BTV.shape[1] != x_BTD.shape[1]:
                 raise ValueError("labels need the logits of all positions; leave logits_to_keep at 0.")
             ce_loss = next_token_loss(logits_BTV, labels, document_ids)
+            assert outputs.load_balance_loss is not None and outputs.router_z_loss is not None
             loss = (
                 ce_loss
                 + self.config.load_balance_coef * outputs.load_balance_loss

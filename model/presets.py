@@ -1,5 +1,6 @@
 """Named sizes: ``preset("nano")``, ``preset("4b")``, ``preset("21b")``, ``preset("4b-hybrid")``."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 from typing import Any

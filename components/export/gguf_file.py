@@ -111,7 +111,7 @@ class ActivationStats:
         """
         frequency = contents.get("expert_frequency")
         shape = (config.num_hidden_layers, config.moe_num_primary_experts)
-        if not isinstance(frequency, list) or np.shape(frequency) != shape:
+        if not isinstance(frequency, list) or list(np.shape(frequency)) != list(shape):
             raise StageError(
                 f"activation_stats.json: expert_frequency has shape {np.shape(frequency or [])}; "
                 f"{shape[0]} layers x {shape[1]} experts are needed."
@@ -278,12 +278,18 @@ class GGUFModel:
     @property
     def config(self) -> SmallThinkerConfig:
         """The configuration that the metadata describe, by llama.cpp's rule where our layout keys are missing."""
-        get = {key.removeprefix(f"{ARCHITECTURE}."): value for key, value in self.metadata.items()}.get
+
+        def get(key: str, needed: bool = True) -> Any:
+            name = f"{ARCHITECTURE}.{key}"
+            if needed and name not in self.metadata:
+                raise StageError(f"The GGUF file lacks the key {name}.")
+            return self.metadata.get(name)
+
         layers = get("block_count")
-        window = get("attention.sliding_window")
+        window = get("attention.sliding_window", needed=False)
         stock = [int(window is not None and layer % 4 != 0) for layer in range(layers)]
         return SmallThinkerConfig(
-            vocab_size=get("vocab_size") or int(self._tensors["token_embd.weight"].shape[1]),
+            vocab_size=get("vocab_size", needed=False) or int(self._tensors["token_embd.weight"].shape[1]),
             hidden_size=get("embedding_length"),
             num_hidden_layers=layers,
             num_attention_heads=get("attention.head_count"),
@@ -293,8 +299,8 @@ class GGUFModel:
             moe_num_primary_experts=get("expert_count"),
             moe_num_active_primary_experts=get("expert_used_count"),
             moe_primary_router_apply_softmax=get("expert_gating_func") == _SOFTMAX,
-            rope_layout=get("rope_layout") or (stock if window is not None else [1] * layers),
-            sliding_window_layout=get("sliding_window_layout") or stock,
+            rope_layout=get("rope_layout", needed=False) or (stock if window is not None else [1] * layers),
+            sliding_window_layout=get("sliding_window_layout", needed=False) or stock,
             sliding_window_size=window or LLAMA_CPP_WINDOW,
             rope_theta=get("rope.freq_base"),
             rms_norm_eps=get("attention.layer_norm_rms_epsilon"),

@@ -7,6 +7,7 @@ zero: ONNX has no gated ReLU mixture-of-experts operator, and this form has no d
 suits scoring and small models; decoding on devices is the engine's business.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import logging
@@ -14,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +32,9 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        assert logits is not None
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).logits
         return logits
 
 

@@ -5,6 +5,7 @@ Writes ``hf/`` (official folder), ``gguf/<recipe>-<precision>.gguf``, ``onnx/mod
 killed run starts over what it lacks.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from components.artifacts import StageContext, StageError, read_manifest, write_json
 from components.export.config import ExportConfig

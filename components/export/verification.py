@@ -1,5 +1,6 @@
 """Comparison of the exported files with the merged model: every figure of ``verification.json`` is made here."""
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,8 +27,7 @@ def sample_batch(vocab_size: int, tokens: int, seed: int) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def reference_logits(model: SmallThinkerForCausalLM, ids: Tensor) -> Tensor:
     """Logits ``[B, T, V]`` in float32."""
-    logits = model(ids, use_cache=False).logits
-    assert logits is not None
+    logits: Tensor = model(ids, use_cache=False).logits
     return logits.float()
 
 
@@ -85,7 +85,8 @@ def model_from_gguf(gguf: GGUFModel) -> SmallThinkerForCausalLM:
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, left
-    return model.eval()
+    model.eval()
+    return model
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
