@@ -170,14 +170,15 @@ def bytes_per_token(model: _core.Model) -> int:
     return total
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that ``threads`` threads of a child process read from memory (best of 5 passes)."""
-    command = [sys.executable, "-m", "runtime_cpu.bench_worker", "bandwidth", str(threads)]
+def read_bandwidth(thread_counts: Sequence[int]) -> dict[str, int]:
+    """Bytes per second that so many threads of a child process read from memory, by number of threads."""
+    command = [sys.executable, "-m", "runtime_cpu.bench_worker", "bandwidth", *map(str, thread_counts)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise BenchError(f"measuring memory bandwidth failed: {done.stderr.strip().splitlines()[-1:]}")
-    return float(json.loads(done.stdout)["bytes_per_s"])
+    speeds: dict[str, int] = json.loads(done.stdout)
+    return speeds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise BenchError("--peer needs the package llama-cpp-python: pip install llama-cpp-python")
         rows = bench(options.model, counts, options.runs, options.prompt, options.decode, engines)
         _progress("memory bandwidth")
-        bandwidth = {count: read_bandwidth(count) for count in counts}
+        bandwidth = read_bandwidth(counts)
     except (OSError, EngineError, BenchError) as error:
         _progress("")
         sys.stderr.write(f"error: {error}\n")
@@ -236,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
             "parameters": model.parameters,
             "bytes_per_token": bytes_per_token(model),
         },
-        "read_bytes_per_s": {str(count): round(speed) for count, speed in bandwidth.items()},
+        "read_bytes_per_s": bandwidth,
         "rows": [asdict(row) for row in rows],
     }
     text = json.dumps(report, indent=2) + "\n"

@@ -1,7 +1,7 @@
 """The measuring process of :mod:`runtime_cpu.bench`: opens one engine and obeys JSON lines on stdin.
 
 python -m runtime_cpu.bench_worker ENGINE MODEL THREADS CONTEXT      (then lines such as ["measure", 128, 64, 1])
-python -m runtime_cpu.bench_worker bandwidth THREADS
+python -m runtime_cpu.bench_worker bandwidth THREADS…
 """
 
 from __future__ import annotations
@@ -186,6 +186,8 @@ def _serve(engine: str, model: str, threads: int, context: int) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "bandwidth":
-        sys.stdout.write(json.dumps({"bytes_per_s": read_bandwidth(int(sys.argv[2]))}) + "\n")
+        sys.stdout.write(
+            json.dumps({count: round(read_bandwidth(int(count))) for count in sys.argv[2:]}) + "\n"
+        )
     else:
         sys.exit(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -149,17 +149,26 @@ def _agreement(
         return {}
     from components.devices.agreement import compare, torch_logits
 
-    part = tokens[: config.check_tokens]
+    folder = context.inputs["merge"] / "model"
+    part = tokens[: min(config.check_tokens, _context_length(folder))]
     ids, ours = context.scratch / "check.npy", context.scratch / "logits.npy"
     np.save(ids, part)
     engine_command("logits", [str(files["f32"]), str(ids), str(ours)], config.timeout_s)
-    result = compare(np.load(ours), torch_logits(context.inputs["merge"] / "model", part))
+    result = compare(np.load(ours), torch_logits(folder, part))
     if not result.max_row_error <= config.max_logits_error:
         raise StageError(
             f"the engine's F32 logits are {result.max_row_error:.2e} from torch's (worst of {result.tokens} rows, "
             f"relative); at most {config.max_logits_error:.0e} is allowed: the export or the engine is wrong"
         )
     return asdict(result)
+
+
+def _context_length(folder: Path) -> int:
+    try:
+        length: int = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise StageError(f"the merged model's {folder / 'config.json'} cannot be read: {error!r}") from error
+    return length
 
 
 def _perplexity(
