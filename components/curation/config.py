@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from components.artifacts import StageConfig
 
@@ -76,7 +76,14 @@ class HubSource(_SourceBase):
         return f"hub:{self.dataset}" + (f"/{self.subset}" if self.subset else "")
 
 
-Source = Annotated[CorpusSource | HubSource, Field(discriminator="kind")]
+def _kind(value: object) -> object:
+    """``kind`` of a source, ``corpus`` where it is not given."""
+    return value.get("kind", "corpus") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+Source = Annotated[
+    Annotated[CorpusSource, Tag("corpus")] | Annotated[HubSource, Tag("hub")], Discriminator(_kind)
+]
 
 NANO_SOURCES: tuple[CorpusSource | HubSource, ...] = (
     CorpusSource(name="summaries", parts=4),

@@ -159,13 +159,15 @@ def draw(funnel: Funnel, path: Path) -> None:
     from matplotlib.patches import Patch
 
     labels = list(funnel)
-    steps: list[str] = []
-    for entry in funnel.values():
-        for raw in entry["steps"]:
-            if raw["documents_in"] > raw["documents_out"] and raw["step"] not in steps:
-                steps.append(raw["step"])
+    dropping = {
+        raw["step"]
+        for entry in funnel.values()
+        for raw in entry["steps"]
+        if raw["documents_in"] > raw["documents_out"]
+    }
+    steps = sorted(dropping, key=_order)
     colours = {step: _STEP_COLOURS[number % len(_STEP_COLOURS)] for number, step in enumerate(steps)}
-    figure, axis = plt.subplots(figsize=(11, 1.8 + 0.36 * len(labels)), constrained_layout=True)
+    figure, axis = plt.subplots(figsize=(11, 2.4 + 0.36 * len(labels)), constrained_layout=True)
     previous = None
     ticks: list[float] = []
     position = 0.0
@@ -188,7 +190,7 @@ def draw(funnel: Funnel, path: Path) -> None:
         axis.spines[side].set_visible(False)
     axis.tick_params(axis="y", length=0)
     handles = [Patch(color=_KEPT_COLOUR, label="kept")] + [Patch(color=colours[s], label=s) for s in steps]
-    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.12, 1.0), fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     figure.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(figure)
 

@@ -51,7 +51,10 @@ class RememberingTokenizer(WordTokenizer):  # type: ignore[misc]
         found = self._split.get(text)
         if found is not None:
             return found
-        logging.getLogger("jieba").setLevel(logging.WARNING)
+        if self.language == "zh":
+            import jieba  # type: ignore[import-untyped]
+
+            jieba.setLogLevel(logging.WARNING)
         nlp = load_word_tokenizer(self._CODES[str(self.language)]).tokenizer
         nlp.max_length = max(nlp.max_length, len(text) + 10)
         with nlp.memory_zone():

@@ -27,6 +27,7 @@ _BOILERPLATE = re.compile(
 _BOILERPLATE_TAGS = ("nav", "footer", "header", "aside", "form", "button")
 _LEAST_EXAMPLES = 20
 _EXAMPLE_CHARS = 1_500
+_LEARNING_RATES = (0.2, 0.1, 0.05, 0.02)
 
 
 def classifier_form(text: str, language: str) -> str:
@@ -111,18 +112,7 @@ def train_classifier(
     text_path = path.with_suffix(".txt")
     lines = [f"__label__{label} {text}\n" for label, text in rows]
     write_atomically(text_path, "".join(lines[held:]).encode())
-    # One thread: fastText's parallel updates race, and the same config must give the same bytes.
-    model = train_supervised(
-        input=str(text_path),
-        epoch=12,
-        lr=0.1,
-        dim=24,
-        wordNgrams=2,
-        bucket=200_000,
-        minCount=2,
-        thread=1,
-        verbose=0,
-    )
+    model = _train(train_supervised, text_path)
     right = sum(_best(model, text) == label for label, text in rows[:held])
     temporary = path.with_suffix(".tmp")
     model.save_model(str(temporary))
@@ -131,6 +121,28 @@ def train_classifier(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
     temporary.replace(path)
     return {"good": counts["hq"], "bad": counts["lq"], "accuracy": right / held}
+
+
+def _train(train_supervised: Any, path: Path) -> Any:
+    """Train at the highest learning rate that does not diverge: fastText stops with NaN now and then."""
+    for rate in _LEARNING_RATES:
+        try:
+            # One thread: fastText's parallel updates race, and the same config must give the same bytes.
+            return train_supervised(
+                input=str(path),
+                epoch=12,
+                lr=rate,
+                dim=24,
+                wordNgrams=2,
+                bucket=200_000,
+                minCount=2,
+                thread=1,
+                verbose=0,
+            )
+        except RuntimeError as error:
+            if "NaN" not in str(error):
+                raise
+    raise StageError(f"the quality classifier diverges even at learning rate {_LEARNING_RATES[-1]}")
 
 
 def _best(model: Any, text: str) -> str:

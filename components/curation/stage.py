@@ -10,6 +10,7 @@ import errno
 import hashlib
 import heapq
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -213,7 +214,7 @@ def _heldout_limits(
                 break
             if number >= max(1, len(ordered) // 4) and share >= limit:  # never more than a quarter
                 break
-            limit, held = max(limit, share + 2**-60), held + size
+            limit, held = max(limit, math.nextafter(share, 1.0)), held + size
         limits[category] = limit
     return limits
 
