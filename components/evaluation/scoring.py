@@ -51,7 +51,8 @@ def wilson_interval(right: float, n: int) -> tuple[float, float]:
     share, z2 = right / n, _Z95 * _Z95
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bounds are exactly 0 and 1; rounding must not move them past the share.
+    return (0.0 if right == 0 else centre - half), (1.0 if right == n else centre + half)
 
 
 def rows_of(path: Path, split: Split | None = None) -> list[dict[str, Any]]:

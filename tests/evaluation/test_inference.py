@@ -98,7 +98,7 @@ def test_impossible_requests_are_named(model: SmallThinkerForCausalLM) -> None:
     assert option_scores(model, [[1], [2]], [[], [[3]]])[0] == []
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     seed=st.integers(0, 2**16),
