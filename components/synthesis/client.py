@@ -7,6 +7,7 @@ grow with the number of items, the order of answers does not matter, and a kille
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from components.synthesis.prompts import Message
 from components.synthesis.teacher import Teacher
 
 _LONGEST_REASON = 300
+IN_FLIGHT_GRACE_S = 12.0  # for requests that were sent before the time limit
 
 
 class Rejected(Exception):
@@ -60,6 +62,7 @@ def _payload(
     messages: list[Message],
     max_tokens: int,
     temperature: float,
+    frequency_penalty: float,
     schema: dict[str, Any] | None,
 ) -> dict[str, Any]:
     request_seed = int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:4], "big") >> 1
@@ -68,6 +71,7 @@ def _payload(
         "messages": messages,
         "max_tokens": max_tokens,
         "temperature": temperature,
+        "frequency_penalty": frequency_penalty,
         "seed": request_seed,
     }
     if schema is not None:
@@ -78,8 +82,8 @@ def _payload(
 class ReplayClient:
     """Answers from the ledger; what is missing there was not asked in time."""
 
-    def __init__(self, model: str, ledger: Ledger, seed: int):
-        self._model, self._ledger, self._seed = model, ledger, seed
+    def __init__(self, model: str, config: TeacherConfig, ledger: Ledger, seed: int):
+        self._model, self._config, self._ledger, self._seed = model, config, ledger, seed
 
     async def ask(
         self,
@@ -91,7 +95,16 @@ class ReplayClient:
         schema: dict[str, Any] | None = None,
     ) -> Answer:
         """See :class:`Client`."""
-        payload = _payload(self._model, key, self._seed, messages, max_tokens, temperature, schema)
+        payload = _payload(
+            self._model,
+            key,
+            self._seed,
+            messages,
+            max_tokens,
+            temperature,
+            self._config.frequency_penalty,
+            schema,
+        )
         answer = self._ledger.get(key, digest_of(payload))
         if answer is None:
             raise Rejected("out_of_time")
@@ -143,18 +156,34 @@ class LiveClient:
         Raises:
             StageError: the teacher is gone, refuses us, or fails again and again.
         """
-        payload = _payload(self._teacher.model, key, self._seed, messages, max_tokens, temperature, schema)
+        payload = _payload(
+            self._teacher.model,
+            key,
+            self._seed,
+            messages,
+            max_tokens,
+            temperature,
+            self._config.frequency_penalty,
+            schema,
+        )
         digest = digest_of(payload)
         answer = self._ledger.get(key, digest)
         if answer is None or answer.failed:
             if self._deadline is not None and time.monotonic() > self._deadline:
                 raise Rejected("out_of_time")
-            answer = await self._request(payload)
+            try:
+                async with asyncio.timeout(self._left()):
+                    answer = await self._request(payload)
+            except TimeoutError as error:
+                raise Rejected("out_of_time") from error
             self._ledger.put(key, digest, answer)
             self._on_answer(answer.completion_tokens)
         if answer.failed:
             raise Rejected("request_failed", answer.text)
         return answer
+
+    def _left(self) -> float | None:
+        return None if self._deadline is None else self._deadline + IN_FLIGHT_GRACE_S - time.monotonic()
 
     async def _request(self, payload: dict[str, Any]) -> Answer:
         where = f"the teacher at {self._teacher.base_url}"

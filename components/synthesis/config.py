@@ -54,6 +54,9 @@ class TeacherConfig(_Part):
     start_timeout_s: float = Field(
         default=300.0, gt=0, le=7200, description="how long a server that we start may take"
     )
+    frequency_penalty: float = Field(
+        default=0.3, ge=-2, le=2, description="sent with every request; a small teacher loops without it"
+    )
     concurrency: int = Field(default=32, ge=1, le=4096, description="requests in flight")
     request_timeout_s: float = Field(default=120.0, gt=0, le=3600, description="how long one answer may take")
     retries: int = Field(
@@ -76,7 +79,7 @@ class MgaConfig(_Part):
     """Rewriting of curated documents for a genre and an audience (MGA, arXiv:2502.04235)."""
 
     documents: dict[Category, int] = Field(
-        default={"general": 150, "web_stem": 30, "maths": 20},
+        default={"general": 150, "web_stem": 20, "maths": 10},
         description="documents rewritten per category; for nano English ones only, as SmolLM2 knows little else",
     )
     source_chars: int = Field(
@@ -85,6 +88,10 @@ class MgaConfig(_Part):
     min_source_chars: int = Field(default=250, ge=20, description="shorter documents are not rewritten")
     max_tokens: int = Field(default=220, ge=8, le=32_768, description="of one rewrite")
     temperature: float = Field(default=0.5, ge=0, le=2)
+    prompt: Literal["brief", "full"] = Field(
+        default="brief",
+        description="brief: genre and audience by name, for a small teacher; full: described in two sentences each",
+    )
     judge_minimum: int | None = Field(
         default=None,
         ge=1,
@@ -108,7 +115,12 @@ class PersonaConfig(_Part):
     """Personas and what they ask (Persona Hub, arXiv:2406.20094)."""
 
     from_documents: int = Field(default=24, ge=0, description="personas inferred from curated documents")
-    problems: int = Field(default=40, ge=0, description="verified maths problems retold for a persona")
+    problems: int = Field(default=40, ge=0, description="verified maths problems put into a persona's world")
+    problem_form: Literal["frame", "retell"] = Field(
+        default="frame",
+        description="frame: a sentence about the persona before the problem, word for word, which a small teacher can "
+        "write; retell: the whole story anew, its numbers and relations checked",
+    )
     questions: int = Field(default=40, ge=0, description="questions of a persona, answered by the teacher")
     short_max_tokens: int = Field(
         default=110, ge=8, le=32_768, description="of a persona, a problem or a question"
@@ -123,7 +135,7 @@ class TaskConfig(_Part):
     topic_rows: int = Field(
         default=3000, ge=0, description="topic classification of curated encyclopedia texts, at most"
     )
-    arithmetic_rows: int = Field(default=2000, ge=0, description="sums and differences of small numbers")
+    arithmetic_rows: int = Field(default=4000, ge=0, description="sums and differences of small numbers")
     generated_rows: dict[str, int] = Field(
         default={"gsm_symbolic": 300, "simple_equations": 100, "gcd": 100, "number_sequence": 100},
         description="rows per reasoning_gym generator",

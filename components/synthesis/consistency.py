@@ -80,14 +80,15 @@ def same_problem(original: str, retold: str) -> str | None:
     """
     if numbers(original) != numbers(retold):
         return "numbers_changed"
-    if _relations(original) != _relations(retold):
+    if relations(original) != relations(retold):
         return "relations_changed"
     if not retold.rstrip().endswith("?"):
         return "no_question"
     return None
 
 
-def _relations(text: str) -> Counter[str]:
+def relations(text: str) -> Counter[str]:
+    """Words that relate numbers, and numbers in words, with their counts."""
     return Counter(word for word in words(text) if word in _RELATIONS)
 
 

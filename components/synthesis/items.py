@@ -13,12 +13,20 @@ from typing import Any, ClassVar, Protocol
 from components.synthesis import prompts
 from components.synthesis.client import Client, Rejected
 from components.synthesis.config import SynthesizeConfig
-from components.synthesis.consistency import compare, equations, same_problem
+from components.synthesis.consistency import compare, equations, relations, same_problem
 from components.synthesis.filters import AnswerFilter, Language
 from components.synthesis.ledger import Answer
 from components.synthesis.personas import read_persona
 from components.synthesis.prompts import Message, Pair
-from components.synthesis.texts import clean, content_words, whole_sentences, words
+from components.synthesis.texts import (
+    clean,
+    content_words,
+    first_sentence,
+    ngrams,
+    numbers,
+    whole_sentences,
+    words,
+)
 
 Document = dict[str, Any]
 
@@ -38,6 +46,8 @@ class Made:
 
     Attributes:
         text: what near-duplicates and overlap are judged by.
+        generated_question: the generated problem inside, word for word. Evaluation shares the generator's templates
+            on purpose, with other numbers, so only the whole problem is compared with its items, not n-grams.
         document: a document in datatrove's schema, or
         messages: an SFT dialogue.
     """
@@ -45,6 +55,7 @@ class Made:
     text: str
     document: Document | None = None
     messages: list[Message] | None = None
+    generated_question: str | None = None
 
 
 class Item(Protocol):
@@ -87,7 +98,7 @@ class Rewrite:
         language: Language = "zh" if category == "chinese" else "en"
         answer = await client.ask(
             f"{self.id}#rewrite",
-            prompts.rewrite(self.text, self.pair),
+            prompts.rewrite(self.text, self.pair, brief=mga.prompt == "brief"),
             max_tokens=mga.max_tokens,
             temperature=mga.temperature,
         )
@@ -96,6 +107,8 @@ class Rewrite:
         reason = tools.answers.problem(
             text, least_words=filters.min_words, most_words=most, language=language
         )
+        if reason is None and repeats_prompt(text, self.text, self.pair):
+            reason = "prompt_leak"
         comparison = compare(self.text, text)
         reason = reason or comparison.problem(filters)
         if reason is not None:
@@ -134,7 +147,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Problem:
-    """A generated maths problem with a known answer, retold in a persona's world."""
+    """A generated maths problem with a known answer, put into a persona's world."""
 
     kind: ClassVar[str] = "persona_problem"
     number: int
@@ -150,6 +163,30 @@ class Problem:
 
     async def run(self, client: Client, tools: Tools) -> Made:
         """See :class:`Item`."""
+        if tools.config.personas.problem_form == "frame":
+            return await self._frame(client, tools)
+        return await self._retell(client, tools)
+
+    async def _frame(self, client: Client, tools: Tools) -> Made:
+        personas = tools.config.personas
+        answer = await client.ask(
+            f"{self.id}#frame",
+            prompts.frame(self.persona),
+            max_tokens=personas.short_max_tokens,
+            temperature=personas.temperature,
+        )
+        sentence = first_sentence(clean(answer.text))
+        reason = tools.answers.problem(sentence, least_words=6, most_words=50)
+        if reason is None and (numbers(sentence) or relations(sentence)):
+            reason = "numbers_changed"
+        if reason is None and "?" in sentence:
+            reason = "a_question"
+        if reason is not None:
+            raise Rejected(reason, sentence or answer.text)
+        question = f"{sentence} {self.question}"
+        return Made(question, messages=_dialogue(question, self.solution), generated_question=self.question)
+
+    async def _retell(self, client: Client, tools: Tools) -> Made:
         answer = await client.ask(
             f"{self.id}#retell",
             prompts.retell(self.question, self.persona),
@@ -166,7 +203,7 @@ class Problem:
         if reason is not None:
             raise Rejected(reason, retold or answer.text)
         solution = "\n".join([*equations(self.solution), f"#### {self.answer}"])
-        return Made(retold, messages=_dialogue(retold, solution))
+        return Made(retold, messages=_dialogue(retold, solution), generated_question=self.question)
 
 
 @dataclass(frozen=True)
@@ -245,11 +282,24 @@ async def _question_and_answer(key: str, persona: str, client: Client, tools: To
     return Made(f"{question}\n\n{text}", messages=_dialogue(question, text))
 
 
+def repeats_prompt(text: str, source: str, pair: Pair) -> bool:
+    """Whether a rewrite holds five words in a row of its genre's or audience's description, not of its source."""
+    described = ngrams(pair.genre_text, _PROMPT_NGRAM) | ngrams(pair.audience_text, _PROMPT_NGRAM)
+    return bool((ngrams(text, _PROMPT_NGRAM) & described) - ngrams(source, _PROMPT_NGRAM))
+
+
+_PROMPT_NGRAM = 5
+_ANNOUNCED = re.compile(
+    r"""^(?:\d+[.)]\s*|[-*]\s*)?(?:[^?\n"“]{0,80}?\b(?:ask|asks|question(?: is)?)\b\s*[:,]\s*)?["“'‘]*"""
+)
+
+
 def _first_question(text: str) -> str:
-    """The first line, up to its first question mark; empty when there is none."""
+    """The first line's first question, without what announces it; empty when there is none."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     head, mark, _ = line.partition("?")
-    return re.sub(r"^(?:\d+[.)]|[-*])\s*", "", head) + mark if mark else ""
+    question = _ANNOUNCED.sub("", head, count=1)
+    return question[:1].upper() + question[1:] + mark if mark else ""
 
 
 def _on_topic(question: str, answer: str) -> bool:

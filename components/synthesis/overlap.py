@@ -1,4 +1,4 @@
-"""Keeps evaluation items out of what is synthesized: ``EvaluationItems.read(folder, …).overlap(text, messages)``.
+"""Keeps evaluation items out of what is synthesized: ``EvaluationItems.read(folder, …).problem(made)``.
 
 The same 13-gram index as in ``curate``, and every question of the evaluation sets word for word.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
-from components.synthesis.prompts import Message
+from components.synthesis.items import Made
+from components.synthesis.plan import GSM_INSTRUCTION
 
 _EXCLUDE_NAME = "exclude.jsonl"
 
@@ -51,14 +52,19 @@ class EvaluationItems:
         """Whether an evaluation set asks just this."""
         return _level(question) in self.questions
 
-    def overlap(self, text: str, messages: list[Message] | None) -> str | None:
-        """``evaluation_item`` or ``evaluation_overlap`` when ``text`` must not be kept, else ``None``."""
+    def problem(self, made: Made) -> str | None:
+        """``evaluation_item`` or ``evaluation_overlap`` when what was made must not be kept, else ``None``."""
         from datatrove.data import Document  # type: ignore[import-untyped]
 
-        if messages is not None and self.has_question(messages[0]["content"]):
+        questions = [made.messages[0]["content"]] if made.messages else []
+        if made.generated_question is not None:
+            questions += [made.generated_question, made.generated_question + GSM_INSTRUCTION]
+        if any(self.has_question(question) for question in questions):
             return "evaluation_item"
-        language = "zh" if any("\u4e00" <= character <= "\u9fff" for character in text) else "en"
-        kept = self.filters[language].filter(Document(text=text, id=""))
+        if made.generated_question is not None:
+            return None
+        language = "zh" if any("\u4e00" <= character <= "\u9fff" for character in made.text) else "en"
+        kept = self.filters[language].filter(Document(text=made.text, id=""))
         return None if kept is True else "evaluation_overlap"
 
 

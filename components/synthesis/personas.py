@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from components.synthesis.texts import whole_sentences, words
+from components.synthesis.texts import first_sentence, words
 
 _ROLE: Final = re.compile(
     r"\bact(?:ing)? as (?:an? |the |my )?([a-z][a-z '/-]{3,50}?)"
@@ -48,9 +48,7 @@ def read_collection(path: Path) -> list[str]:
 
 def read_persona(answer: str) -> str | None:
     """The persona in a teacher's answer: its first sentence, when that describes somebody."""
-    first = next((line.strip() for line in answer.splitlines() if line.strip()), "")
-    if not _PERSONA.match(first):
+    sentence = first_sentence(answer)
+    if not _PERSONA.match(sentence):
         return None
-    sentence = re.split(r"(?<=[.!?])\s", first, maxsplit=1)[0]
-    sentence = whole_sentences(sentence) or sentence
     return sentence if 5 <= len(words(sentence)) <= 45 and "?" not in sentence else None

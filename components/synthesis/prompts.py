@@ -28,6 +28,12 @@ class Pair:
     genre_text: str
     audience_text: str
 
+    @property
+    def titles(self) -> tuple[str, str]:
+        """Both descriptions' first sentences, as parts of a sentence: ``("a letter to a friend", "farmers who …")``."""
+        genre, audience = (text.split(".", 1)[0] for text in (self.genre_text, self.audience_text))
+        return genre[0].lower() + genre[1:], audience[0].lower() + audience[1:]
+
 
 @lru_cache(maxsize=1)
 def pairs() -> tuple[Pair, ...]:
@@ -40,8 +46,18 @@ def pairs() -> tuple[Pair, ...]:
     )
 
 
-def rewrite(text: str, pair: Pair) -> list[Message]:
-    """MGA, stage 2: the document once more, for a genre and an audience."""
+def rewrite(text: str, pair: Pair, *, brief: bool = False) -> list[Message]:
+    """MGA, stage 2: the document once more, for a genre and an audience.
+
+    Args:
+        brief: name genre and audience only; a small teacher repeats longer descriptions instead of following them.
+    """
+    if brief:
+        genre, audience = pair.titles
+        return _chat(
+            EDITOR,
+            f"Rewrite the following text as {genre}, for {audience}. Keep its names, numbers and facts.\n\n{text}",
+        )
     return _chat(
         EDITOR,
         f"Rewrite the text below.\n\nForm: {pair.genre_text}\nReaders: {pair.audience_text}\n"
@@ -101,6 +117,15 @@ def retell(problem: str, persona: str) -> list[Message]:
         f"Retell the maths problem below so that it happens to this person: {persona}\nKeep every number and every "
         "relation between the numbers exactly as they are, and end with the same question. Answer with the problem "
         f"only, without solving it.\n\nProblem:\n{problem}",
+    )
+
+
+def frame(persona: str) -> list[Message]:
+    """A sentence about a persona, to stand before a maths problem that stays word for word."""
+    return _chat(
+        TUTOR,
+        f"Here is a person: {persona}\nWrite one sentence about what this person is doing today. Use no numbers and "
+        "ask nothing. Answer with the sentence only.",
     )
 
 

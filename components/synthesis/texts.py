@@ -51,6 +51,13 @@ def whole_sentences(text: str) -> str:
     return text[: ends[-1]].rstrip() if ends else ""
 
 
+def first_sentence(text: str) -> str:
+    """The first sentence of the first line that says anything; the whole line when no sentence ends in it."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    end = _SENTENCE_END.search(line)
+    return line[: end.end()].rstrip() if end else line
+
+
 def excerpt(text: str, limit: int) -> str:
     """The beginning of ``text``, at most ``limit`` characters, whole sentences where it has them."""
     text = text.strip()
