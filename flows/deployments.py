@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import Flow, flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment
 from prefect.states import Completed, Failed
@@ -27,7 +28,7 @@ def _run_stage_as_task(runner: Runner, stage: Stage) -> StageOutcome:
     outcomes: list[StageOutcome] = []
     errors: list[Exception] = []
 
-    @task(name=stage.name, persist_result=False, cache_policy=None)
+    @task(name=stage.name, persist_result=False, cache_policy=NO_CACHE)
     def stage_task() -> State[Any]:
         try:
             outcomes.append(runner.run_stage(stage))
@@ -72,7 +73,7 @@ def run_as_flow(request: Request) -> None:
     """
     name = f"pipeline-{request.recipe}" if request.until is None else f"{request.until}-{request.recipe}"
     pipeline_flow = _make_flow(name, request.recipe, request.until, __doc__ or "")
-    state = pipeline_flow(
+    state: Any = pipeline_flow(
         overrides=list(request.overrides),
         rebuild=list(request.rebuild),
         root=str(request.root),

@@ -82,8 +82,8 @@ def smoke() -> Recipe:
             sources=(
                 CorpusSource(name="summaries", max_documents=600),
                 CorpusSource(name="gsm", max_documents=200),
-                CorpusSource(name="python-stdlib", max_documents=12),
-                CorpusSource(name="docstrings", max_documents=12),
+                CorpusSource(name="python-stdlib", max_documents=40),
+                CorpusSource(name="docstrings", max_documents=40),
                 CorpusSource(name="news-pages"),
                 CorpusSource(name="sanguo"),
             ),

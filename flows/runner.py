@@ -177,8 +177,8 @@ class Runner:
             parent = self.identity(stage_named(name))
             self.store.verify(parent)
             inputs[role] = self.store.folder(parent)
-        folder.mkdir(parents=True, exist_ok=True)
         self.say(f"{stage.name}: running ({'; '.join(self.store.why_stale(identity)[:4])})")
+        folder.mkdir(parents=True, exist_ok=True)
         if self.observer is not None:
             self.observer.stage_started(identity, folder)
         started = time.monotonic()

@@ -53,7 +53,8 @@ class Duplicates:
     def survivors(self, unit: Path) -> tuple[Iterator[Document], Measured]:
         """The unit's documents without near-duplicates, and the count of the step."""
         number = self.numbers.get(unit.name)
-        documents = JsonlReader(str(unit), glob_pattern=DOCUMENTS_NAME, compression=None).run(None, 0, 1)
+        reader = JsonlReader(str(unit), glob_pattern=DOCUMENTS_NAME, compression=None, add_file_path=False)
+        documents = reader.run(None, 0, 1)
         if number is None or not (self.folder / f"{number:06d}.remove").is_file():
             measured = Measured.of(_Everything(), STEP_NAME)
         else:

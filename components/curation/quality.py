@@ -8,6 +8,8 @@ classes are easy to tell apart: the score finds junk, it does not grade good pro
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -27,7 +29,7 @@ _BOILERPLATE = re.compile(
 _BOILERPLATE_TAGS = ("nav", "footer", "header", "aside", "form", "button")
 _LEAST_EXAMPLES = 20
 _EXAMPLE_CHARS = 1_500
-_LEARNING_RATES = (0.2, 0.1, 0.05, 0.02)
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def classifier_form(text: str, language: str) -> str:
@@ -112,7 +114,9 @@ def train_classifier(
     text_path = path.with_suffix(".txt")
     lines = [f"__label__{label} {text}\n" for label, text in rows]
     write_atomically(text_path, "".join(lines[held:]).encode())
-    model = _train(train_supervised, text_path)
+    model = train_reliably(
+        train_supervised, text_path, lr=0.2, epoch=12, dim=24, wordNgrams=2, bucket=200_000, minCount=2
+    )
     right = sum(_best(model, text) == label for label, text in rows[:held])
     temporary = path.with_suffix(".tmp")
     model.save_model(str(temporary))
@@ -123,26 +127,16 @@ def train_classifier(
     return {"good": counts["hq"], "bad": counts["lq"], "accuracy": right / held}
 
 
-def _train(train_supervised: Any, path: Path) -> Any:
-    """Train at the highest learning rate that does not diverge: fastText stops with NaN now and then."""
-    for rate in _LEARNING_RATES:
-        try:
-            # One thread: fastText's parallel updates race, and the same config must give the same bytes.
-            return train_supervised(
-                input=str(path),
-                epoch=12,
-                lr=rate,
-                dim=24,
-                wordNgrams=2,
-                bucket=200_000,
-                minCount=2,
-                thread=1,
-                verbose=0,
-            )
-        except RuntimeError as error:
-            if "NaN" not in str(error):
-                raise
-    raise StageError(f"the quality classifier diverges even at learning rate {_LEARNING_RATES[-1]}")
+def train_reliably(train_supervised: Any, path: Path, **options: Any) -> Any:
+    """Train fastText, the same bytes for the same text on every glibc: one thread, and memory that starts as zeros.
+
+    With one thread fastText fills only the first tenth of its input matrix (``DenseMatrix::uniform``, 0.9.3) and leaves
+    the rest as the allocator gave it, which ends in NaN now and then. Above the mmap threshold set here glibc hands out
+    fresh pages, which are zero. With more threads training races.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    return train_supervised(input=str(path), thread=1, verbose=0, **options)
 
 
 def _best(model: Any, text: str) -> str:

@@ -26,7 +26,7 @@ from typing import IO
 import orjson
 from datatrove.utils.logging import logger  # type: ignore[import-untyped]
 from pydantic import ValidationError
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, write_atomically, write_json
 from components.curation.config import CATEGORIES, CorpusSource, CurateConfig
@@ -282,6 +282,8 @@ def _add_to_funnel(funnel, unit, folder, duplicates, split_sizes, catalogue) -> 
 
 def _finish(context: StageContext, config: CurateConfig, funnel: Funnel) -> dict[str, float]:
     categories = by_category(funnel, CATEGORIES)
+    summary = {name: [step.model_dump() for step in steps] for name, steps in categories.items()}
+    write_json(context.out / FUNNEL_NAME, {"sources": funnel, "categories": summary})
     metrics: dict[str, float] = {}
     for label, entry in funnel.items():
         if entry["steps"][0]["documents_in"] == 0:
@@ -309,8 +311,6 @@ def _finish(context: StageContext, config: CurateConfig, funnel: Funnel) -> dict
         "kept_share": round(kept / read, 4) if read else 0.0,
         "mbytes_kept": round(sum(steps[-1].bytes_out for steps in categories.values()) / 1e6, 3),
     }
-    summary = {name: [step.model_dump() for step in steps] for name, steps in categories.items()}
-    write_json(context.out / FUNNEL_NAME, {"sources": funnel, "categories": summary})
     temporary = context.scratch / "funnel.png"
     draw(funnel, temporary)
     write_atomically(context.out / "funnel.png", temporary.read_bytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -39,9 +40,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent dies, so that nothing works on unseen."""
+    """Ask the kernel (Linux) to end this process when its parent dies, and end it when that has happened already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, write_atomically, write_json
 from components.devices.commands import PROJECT, engine_command

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from components.artifacts import StageContext, StageError, write_atomically, write_json

@@ -18,7 +18,7 @@ from lm_eval.models.utils import (  # type: ignore[import-untyped]
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from components.artifacts import StageError
 from components.evaluation.inference import ChatTokenizer, OptionScore, greedy_tokens, option_scores

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, read_manifest, write_json
 from components.export.config import ExportConfig

@@ -35,6 +35,12 @@ class PosttrainConfig(StageConfig):
         0.01, ge=0.0, le=1.0, description="of matrices; norms and embeddings do not decay"
     )
     clip_norm: float = Field(1.0, gt=0.0, le=1e3, description="largest norm of the global gradient")
+    weighting: Literal["token", "dialogue"] = Field(
+        "dialogue", description="what counts the same in the loss: every assistant token, or every dialogue"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16 computes in bfloat16 over fp32 weights"
+    )
     load_balance_coef: float = Field(0.008, ge=0.0, le=1.0, description="weight of the load-balance loss")
     router_z_coef: float = Field(1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass")

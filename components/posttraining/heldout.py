@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from components.artifacts import canonical_json
 from components.posttraining.dialogues import Dialogue, Encoded
-from components.posttraining.packing import PackedRows
+from components.posttraining.packing import IGNORED_LABEL, PackedRows
+from components.posttraining.training import assistant_losses
 from model import SmallThinkerForCausalLM
 
 
@@ -74,21 +74,9 @@ def dialogue_loss(
             batch = rows.build(numbers).trimmed()
             width = batch.input_ids_BT.shape[1]
             task_BT = torch.tensor([rows.owners(row, task_of)[:width] for row in numbers])
-            batch = batch.to(device)
-            output = model(
-                input_ids=batch.input_ids_BT,
-                position_ids=batch.position_ids_BT,
-                document_ids=batch.document_ids_BT,
-                use_cache=False,
-            )
-            assert output.logits is not None
-            targets_BT = batch.labels_BT[:, 1:]
-            losses_BT = F.cross_entropy(
-                output.logits[:, :-1].flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-            ).view(targets_BT.shape)
-            scored_BT = (targets_BT >= 0).cpu()
-            task_S = task_BT[:, 1:][scored_BT]
-            nats.index_add_(0, task_S, losses_BT.cpu()[scored_BT].double())
+            task_S = task_BT[:, 1:][batch.labels_BT[:, 1:] != IGNORED_LABEL]
+            losses = assistant_losses(model, batch.to(device))
+            nats.index_add_(0, task_S, losses.nats_N.double().cpu())
             counts.index_add_(0, task_S, torch.ones_like(task_S))
     finally:
         model.train(was_training)

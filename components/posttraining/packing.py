@@ -9,8 +9,9 @@ Legend: B rows of a batch, T tokens of a row (the context).
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,13 +33,24 @@ class PackedBatch:
         input_ids_BT: int64; padding holds token 0.
         document_ids_BT: int64; number of the dialogue within the row, -1 for padding. No token sees another dialogue.
         position_ids_BT: int64; restarts at 0 with every dialogue.
-        labels_BT: int64, unshifted (the model shifts); -100 wherever no loss is wanted.
+        labels_BT: int64, unshifted; -100 wherever no loss is wanted.
+        weights_BT: float32; what a label counts in the mean over the batch, 0 where there is none.
     """
 
     input_ids_BT: Tensor
     document_ids_BT: Tensor
     position_ids_BT: Tensor
     labels_BT: Tensor
+    weights_BT: Tensor
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        return PackedBatch(
+            change(self.input_ids_BT),
+            change(self.document_ids_BT),
+            change(self.position_ids_BT),
+            change(self.labels_BT),
+            change(self.weights_BT),
+        )
 
     @property
     def trained_tokens(self) -> int:
@@ -47,31 +59,16 @@ class PackedBatch:
 
     def rows(self, part: slice) -> PackedBatch:
         """Some of the rows."""
-        return PackedBatch(
-            self.input_ids_BT[part],
-            self.document_ids_BT[part],
-            self.position_ids_BT[part],
-            self.labels_BT[part],
-        )
+        return self._map(lambda tensor: tensor[part])
 
     def trimmed(self) -> PackedBatch:
         """Without the columns that are padding in every row."""
         used = int((self.document_ids_BT >= 0).any(dim=0).sum())
-        return PackedBatch(
-            self.input_ids_BT[:, :used],
-            self.document_ids_BT[:, :used],
-            self.position_ids_BT[:, :used],
-            self.labels_BT[:, :used],
-        )
+        return self._map(lambda tensor: tensor[:, :used])
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(
-            self.input_ids_BT.to(device),
-            self.document_ids_BT.to(device),
-            self.position_ids_BT.to(device),
-            self.labels_BT.to(device),
-        )
+        return self._map(lambda tensor: tensor.to(device))
 
 
 def pack(lengths: Sequence[int], context: int, seed: int) -> list[tuple[int, ...]]:
@@ -107,13 +104,22 @@ class PackedRows:
         dialogues: encoded dialogues; longer ones than ``context`` are cut, and those left without loss are dropped.
         context: tokens of a row.
         seed: seeds packing and order.
+        weighting: ``token``: every trained token counts the same; ``dialogue``: every dialogue does, so that long
+            answers do not drown short ones.
 
     Raises:
         StageError: no dialogue is left.
     """
 
-    def __init__(self, dialogues: Sequence[Encoded], context: int, seed: int) -> None:
+    def __init__(
+        self,
+        dialogues: Sequence[Encoded],
+        context: int,
+        seed: int,
+        weighting: Literal["token", "dialogue"] = "token",
+    ) -> None:
         self.context = context
+        self._weighting = weighting
         self._seed = seed
         self.cut = sum(len(dialogue.ids) > context for dialogue in dialogues)
         cut = [dialogue.cut(context) for dialogue in dialogues]
@@ -155,6 +161,7 @@ class PackedRows:
         documents = np.full(shape, PADDING_DOCUMENT, dtype=np.int64)
         positions = np.zeros(shape, dtype=np.int64)
         labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+        weights = np.zeros(shape, dtype=np.float32)
         for line, row in enumerate(rows):
             start = 0
             for number, index in enumerate(self._rows[row]):
@@ -166,8 +173,12 @@ class PackedRows:
                 positions[line, start:end] = np.arange(end - start)
                 labels[line, start:end] = np.where(dialogue.trained, tokens, IGNORED_LABEL)
                 labels[line, start] = IGNORED_LABEL
+                trained = labels[line, start:end] != IGNORED_LABEL
+                weights[line, start:end] = trained / (trained.sum() if self._weighting == "dialogue" else 1)
                 start = end
-        return PackedBatch(*(torch.from_numpy(array) for array in (ids, documents, positions, labels)))
+        return PackedBatch(
+            *(torch.from_numpy(array) for array in (ids, documents, positions, labels, weights))
+        )
 
     def owners(self, row: int, value_of: Sequence[int]) -> list[int]:
         """``value_of`` of the dialogue behind each place of a row; 0 where padding is. Length: the context."""

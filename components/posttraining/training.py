@@ -3,8 +3,11 @@
 A plain PyTorch loop. The stage fine-tunes for minutes, not weeks, and fits one device wherever the model does, so
 nothing of a sharding engine would be used; several processes are supported by summing gradients.
 
-The loss of an optimizer step is the mean over *all* its assistant tokens, whatever the split into micro-batches and
-processes: each part contributes its sum divided by the step's count. Router losses are averaged over the parts.
+The loss of an optimizer step is the weighted mean over *all* its assistant tokens, whatever the split into
+micro-batches and processes: each part contributes its sum divided by the step's weight. Router losses are averaged over
+the parts.
+
+Legend: B rows, T tokens, N trained tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from components.artifacts import StageError, canonical_json
 from components.posttraining.config import PosttrainConfig
-from components.posttraining.packing import PackedRows
+from components.posttraining.packing import IGNORED_LABEL, PackedBatch, PackedRows
 from components.pretraining.checkpoints import CheckpointStore
 from components.pretraining.engine import parameter_groups
 from model import SmallThinkerForCausalLM
@@ -71,6 +76,37 @@ class Progress:
 def total_steps(config: PosttrainConfig, rows: int) -> int:
     """Optimizer steps of the run: the epochs' worth, at least 1 and at most ``max_steps``."""
     return min(config.max_steps, max(1, math.ceil(config.epochs * rows / config.rows_per_step)))
+
+
+class AssistantLosses(NamedTuple):
+    """Losses of one forward pass.
+
+    Attributes:
+        nats_N: cross-entropy of each of the N trained tokens, float32, rows first.
+        weights_N: their weights.
+        load_balance_loss, router_z_loss: the routers', unweighted.
+    """
+
+    nats_N: Tensor
+    weights_N: Tensor
+    load_balance_loss: Tensor
+    router_z_loss: Tensor
+
+
+def assistant_losses(model: SmallThinkerForCausalLM, batch: PackedBatch) -> AssistantLosses:
+    """Run a batch and score its trained tokens; the output matrix is applied at their places only."""
+    output = model.model(
+        input_ids=batch.input_ids_BT,
+        position_ids=batch.position_ids_BT,
+        document_ids=batch.document_ids_BT,
+        use_cache=False,
+    )
+    targets_BT = batch.labels_BT[:, 1:]
+    trained_BT = targets_BT != IGNORED_LABEL
+    logits_NV = model.lm_head(output.last_hidden_state[:, :-1][trained_BT])
+    nats_N = F.cross_entropy(logits_NV.float(), targets_BT[trained_BT], reduction="none")
+    weights_N = batch.weights_BT[:, 1:][trained_BT]
+    return AssistantLosses(nats_N, weights_N, output.load_balance_loss, output.router_z_loss)
 
 
 class Trainer:
@@ -191,29 +227,23 @@ class Trainer:
         """One optimizer step; returns its metrics."""
         config = self.config
         batch = self.rows.batch(step, config.rows_per_step)
-        trained = max(1, batch.trained_tokens)
+        total_weight = float(batch.weights_BT.sum(dtype=torch.float64)) or 1.0
         micro = config.rows_per_micro_batch
         parts = config.rows_per_step // micro
         ce_sum = torch.zeros((), device=self.device)
         balance_sum = torch.zeros((), device=self.device)
         for start in range(self.rank * micro, config.rows_per_step, micro * self.world):
-            part = batch.rows(slice(start, start + micro)).trimmed()
-            share = part.trained_tokens / trained
-            part = part.to(self.device)
-            output = self.model(
-                input_ids=part.input_ids_BT,
-                position_ids=part.position_ids_BT,
-                document_ids=part.document_ids_BT,
-                labels=part.labels_BT,
-            )
-            ce = output.ce_loss * share
+            part = batch.rows(slice(start, start + micro)).trimmed().to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                losses = assistant_losses(self.model, part)
+            ce = (losses.nats_N * losses.weights_N).sum() / total_weight
             router = (
-                config.load_balance_coef * output.load_balance_loss
-                + config.router_z_coef * output.router_z_loss
+                config.load_balance_coef * losses.load_balance_loss
+                + config.router_z_coef * losses.router_z_loss
             ) / parts
-            (ce + router).backward()
+            (ce + router).backward()  # type: ignore[no-untyped-call]
             ce_sum += ce.detach()
-            balance_sum += output.load_balance_loss.detach() / parts
+            balance_sum += losses.load_balance_loss.detach() / parts
         self._sum_over_processes(ce_sum, balance_sum)
         loss = float(ce_sum)
         if not math.isfinite(loss):
@@ -234,7 +264,7 @@ class Trainer:
             "train/load_balance_loss": float(balance_sum),
             "train/gradient_norm": norm,
             "train/lr": lr,
-            "train/trained_tokens": float(trained),
+            "train/trained_tokens": float(batch.trained_tokens),
             "train/tokens": float(int((batch.document_ids_BT >= 0).sum())),
         }
 

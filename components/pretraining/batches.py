@@ -99,7 +99,11 @@ class BatchSource:
         micro = self._config.micro_batch(span.index)
         sequences = self.sequences(step)
         return [
-            self._micro_batch(sequences, slice((a * world + rank) * micro, (a * world + rank + 1) * micro), span.spec.context)
+            self._micro_batch(
+                sequences,
+                slice((a * world + rank) * micro, (a * world + rank + 1) * micro),
+                span.spec.context,
+            )
             for a in range(accumulation_steps(self._config, span.index, world))
         ]
 

@@ -25,7 +25,9 @@ class _Part(BaseModel):
 class ModelPart(_Part):
     """Which model is trained: a named size and single values that differ from it."""
 
-    preset: Literal["nano", "4b", "4b-hybrid", "21b"] = Field("nano", description="named size in model/")
+    preset: Literal["nano", "4b", "4b-hybrid", "21b"] = Field(
+        default="nano", description="named size in model/"
+    )
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="official config keys that replace the preset's values"
     )
@@ -60,68 +62,108 @@ class CurriculumStage(_Part):
 class OptimizerPart(_Part):
     """AdamW; matrices of attention, router and experts decay, norms and the embeddings do not."""
 
-    peak_lr: float = Field(4e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
-    final_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)")
-    warmup_steps: int = Field(40, ge=0, description="steps of linear warm-up; below the run's steps")
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    eps: float = Field(1e-8, gt=0.0, le=1e-2)
-    weight_decay: float = Field(0.1, ge=0.0, le=1.0)
-    clip_norm: float = Field(1.0, gt=0.0, le=1e3, description="largest norm of the global gradient")
+    peak_lr: float = Field(default=4e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
+    final_lr_ratio: float = Field(
+        default=0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)"
+    )
+    warmup_steps: int = Field(default=40, ge=0, description="steps of linear warm-up; below the run's steps")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0, le=1e-2)
+    weight_decay: float = Field(default=0.1, ge=0.0, le=1.0)
+    clip_norm: float = Field(default=1.0, gt=0.0, le=1e3, description="largest norm of the global gradient")
 
 
 class HardwarePart(_Part):
     """The machines that a recipe is meant for; plan and preflight compare them with what is there."""
 
-    gpus: int = Field(0, ge=0, le=1 << 16, description="GPUs needed; 0: runs on whatever there is")
-    gpu_memory_gb: float = Field(80.0, gt=0.0, description="memory of one GPU, in 10^9 bytes")
-    peak_tflops: float = Field(989.0, gt=0.0, description="dense bf16 peak of one GPU, TFLOP/s")
-    assumed_mfu: float = Field(0.3, gt=0.0, le=1.0, description="share of the peak that the plan counts on")
+    gpus: int = Field(default=0, ge=0, le=1 << 16, description="GPUs needed; 0: runs on whatever there is")
+    gpu_memory_gb: float = Field(default=80.0, gt=0.0, description="memory of one GPU, in 10^9 bytes")
+    peak_tflops: float = Field(default=989.0, gt=0.0, description="dense bf16 peak of one GPU, TFLOP/s")
+    assumed_mfu: float = Field(
+        default=0.3, gt=0.0, le=1.0, description="share of the peak that the plan counts on"
+    )
 
 
 class EvaluationPart(_Part):
     """Held-out evaluation in bits per byte, and the bigram baseline beside it."""
 
-    tokens_per_category: int = Field(10_000, ge=64, description="held-out tokens scored per category")
+    tokens_per_category: int = Field(default=10_000, ge=64, description="held-out tokens scored per category")
     bigram_tokens_per_category: int = Field(
-        20_000_000, ge=1000, description="training tokens per category that the bigram baseline counts"
+        default=20_000_000,
+        ge=1000,
+        description="training tokens per category that the bigram baseline counts",
     )
-    sequences_per_batch: int = Field(16, ge=1, le=4096, description="windows in one forward pass")
+    sequences_per_batch: int = Field(default=16, ge=1, le=4096, description="windows in one forward pass")
 
 
 class PretrainConfig(StageConfig):
     """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe."""
 
-    seed: int = Field(20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
+    seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
     model: ModelPart = Field(default_factory=ModelPart)
-    stages: tuple[CurriculumStage, ...] = Field(min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES)
+    stages: tuple[CurriculumStage, ...] = Field(
+        min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES
+    )
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
     evaluation: EvaluationPart = Field(default_factory=EvaluationPart)
-    load_balance_coef: float = Field(0.008, ge=0.0, le=1.0, description="weight of the load-balance loss")
-    load_balance_group: int = Field(
-        0, ge=0, le=1 << 16, description="ranks that pool expert counts for the load-balance loss; 0: all"
+    load_balance_coef: float = Field(
+        default=0.008, ge=0.0, le=1.0, description="weight of the load-balance loss"
     )
-    router_z_coef: float = Field(1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
+    load_balance_group: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 16,
+        description="ranks that pool expert counts for the load-balance loss; 0: all",
+    )
+    router_z_coef: float = Field(default=1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
     absent_category: Literal["error", "renormalise"] = Field(
-        "renormalise", description="what to do when the shards lack a category that a mixture wants"
+        default="renormalise", description="what to do when the shards lack a category that a mixture wants"
     )
     sequences_per_micro_batch: int = Field(
-        16, ge=1, le=4096, description="sequences in one forward pass of one process, at the first stage's context"
+        default=16,
+        ge=1,
+        le=4096,
+        description="sequences in one forward pass of one process, at the first stage's context",
     )
     hardware: HardwarePart = Field(default_factory=HardwarePart)
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 keeps fp32 master weights")
-    zero_stage: Literal[1, 2] = Field(
-        1, description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="bf16 keeps fp32 master weights; auto: bf16 where the hardware multiplies it, else fp32",
     )
-    activation_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda where there is one")
-    processes: int = Field(1, ge=1, le=64, description="processes on this machine; more than 1 go through torchrun")
-    threads: int = Field(2, ge=1, le=512, description="CPU threads of each process")
-    log_every_steps: int = Field(10, ge=1, le=10_000, description="steps between lines of metrics.jsonl")
-    checkpoint_every_steps: int = Field(100, ge=1, description="steps between checkpoints; each stage ends with one")
-    keep_checkpoints: int = Field(2, ge=1, le=100, description="newest checkpoints kept")
+    export_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="dtype of the exported weights, rounded from the fp32 master weights"
+    )
+    zero_stage: Literal[1, 2] = Field(
+        default=1,
+        description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too",
+    )
+    loss_chunk_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="positions whose logits are held at once; 0: all of a micro-batch",
+    )
+    activation_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one"
+    )
+    processes: int = Field(
+        default=1, ge=1, le=64, description="processes on this machine; more than 1 go through torchrun"
+    )
+    threads: int = Field(default=2, ge=1, le=512, description="CPU threads of each process")
+    log_every_steps: int = Field(
+        default=10, ge=1, le=10_000, description="steps between lines of metrics.jsonl"
+    )
+    checkpoint_every_steps: int = Field(
+        default=100, ge=1, description="steps between checkpoints; each stage ends with one"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, le=100, description="newest checkpoints kept")
     spike_ratio: float = Field(
-        1.75, gt=1.0, le=100.0, description="a loss above this multiple of the recent median stops the run"
+        default=1.75,
+        gt=1.0,
+        le=100.0,
+        description="a loss above this multiple of the recent median stops the run",
     )
 
     @model_validator(mode="after")
@@ -172,6 +214,13 @@ _NANO_STAGES: tuple[CurriculumStage, ...] = (
         context=512,
         sequences_per_step=8,
         rope_theta=1.5e6,
-        mixture={"general": 0.25, "maths": 0.20, "code": 0.15, "web_stem": 0.15, "chinese": 0.10, "sft": 0.15},
+        mixture={
+            "general": 0.25,
+            "maths": 0.20,
+            "code": 0.15,
+            "web_stem": 0.15,
+            "chinese": 0.10,
+            "sft": 0.15,
+        },
     ),
 )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from components.artifacts import StageError
 from components.pretraining.batches import accumulation_steps
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among those of the run, and the device it drives."""
+    """Where this process stands among those of the run, the device it drives, and its precision (fp32 or bf16)."""
 
     rank: int
     world: int
     device: torch.device
+    precision: str = "fp32"
 
     @property
     def is_first(self) -> bool:
@@ -49,6 +51,15 @@ def choose_device(config: PretrainConfig) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise StageError("device is cuda, but torch finds no CUDA device here; use auto or cpu.")
     return config.device
+
+
+def choose_precision(config: PretrainConfig, device: str) -> str:
+    """``bf16`` or ``fp32``; ``auto`` takes bf16 where there are instructions for it, since others emulate it."""
+    if config.precision != "auto":
+        return config.precision
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def join_processes(config: PretrainConfig) -> Ranks:
@@ -71,31 +82,30 @@ def join_processes(config: PretrainConfig) -> Ranks:
         if world == 1:
             # A store in memory: no port, no host name, nothing that a laptop without network could lack.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
-    return Ranks(rank, world, device)
+    return Ranks(rank, world, device, choose_precision(config, kind))
 
 
-def deepspeed_config(config: PretrainConfig, world: int) -> dict[str, Any]:
+def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
     """DeepSpeed's own config for ``world`` processes at the first stage (``infra/deepspeed`` holds the full sizes')."""
     micro = config.micro_batch(0)
-    result: dict[str, Any] = {
+    return {
         "train_batch_size": config.stages[0].sequences_per_step,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation_steps(config, 0, world),
         "gradient_clipping": config.optimizer.clip_norm,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {
             "stage": config.zero_stage,
-            "overlap_comm": world > 1 and config.precision == "bf16",
+            "overlap_comm": world > 1 and config.device == "cuda",
             "contiguous_gradients": True,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
-    return result
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -104,7 +114,8 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     Decay bounds the scale of matrices whose output is normalised. An embedding row of a rare token gets gradients
     seldom, and decay would shrink it in between.
     """
-    decayed, free = [], []
+    decayed: list[torch.nn.Parameter] = []
+    free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_table = "embed_tokens" in name or "lm_head" in name
         (free if parameter.ndim < 2 or is_table else decayed).append(parameter)
@@ -116,7 +127,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 def _quieten() -> None:
     """DeepSpeed reports each step of its set-up at INFO; keep what concerns the user."""
-    from deepspeed.utils import logger
+    from deepspeed.utils import logger  # type: ignore[import-untyped]
 
     logger.setLevel(logging.WARNING)
 
@@ -129,7 +140,7 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
     """
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
+    import deepspeed  # type: ignore[import-untyped]
 
     _quieten()
     # The shared-memory operator serves inference only and costs a minute of g++ at first use: gloo does without.
@@ -138,7 +149,7 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
 
     model.balance = LoadBalance(_balance_group(config, ranks))
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     part = config.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model, part.weight_decay),
@@ -148,8 +159,10 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
         fused=True,
     )
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(config, ranks.world), dist_init_required=False
-        if deepspeed.comm.is_initialized() else None
+        model=model,
+        optimizer=optimizer,
+        config=deepspeed_config(config, ranks.world, ranks.precision),
+        dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )
     return engine
 
@@ -183,9 +196,22 @@ def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> 
     engine.module.config.rope_theta = config.stages[stage].rope_theta
 
 
+def master_weights(engine: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every trainable weight on the CPU, rounded once from the fp32 master weights (every rank takes part)."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        weights[name] = (parameter.detach() if full is None else full).to("cpu", dtype, copy=True)
+    return weights
+
+
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False)
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False
+    )
 
 
 def load_engine(engine: Any, folder: Path) -> dict[str, Any]:

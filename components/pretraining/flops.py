@@ -43,5 +43,7 @@ def mean_keys(config: SmallThinkerConfig, layer: int, context: int) -> float:
 def training_flops_per_token(config: SmallThinkerConfig, context: int) -> float:
     """Training FLOPs per token at a context length (tokens)."""
     heads = config.num_attention_heads * config.head_dim
-    attention = sum(12.0 * heads * mean_keys(config, layer, context) for layer in range(config.num_hidden_layers))
+    attention = sum(
+        12.0 * heads * mean_keys(config, layer, context) for layer in range(config.num_hidden_layers)
+    )
     return 6.0 * (active_parameters(config) + config.vocab_size * config.hidden_size) + attention

@@ -106,7 +106,7 @@ class HeldOut:
                 streams[name], text_bytes[name] = stream, counted
         if not streams:
             raise StageError(
-                f"The token shards hold no text in split {HELD_OUT_SPLIT}; pretraining needs some to measure bits per byte."
+                f"The token shards hold no text in split {HELD_OUT_SPLIT}; pretraining measures bits per byte on it."
             )
         return cls(streams, text_bytes, shards.eos_id, part.sequences_per_batch)
 
@@ -137,7 +137,9 @@ class HeldOut:
         for windows in by_length.values():
             for begin in range(0, len(windows), self._batch):
                 part = windows[begin : begin + self._batch]
-                batches.append((np.stack([w for w, _ in part]), np.array([f for _, f in part], dtype=np.int64)))
+                batches.append(
+                    (np.stack([w for w, _ in part]), np.array([f for _, f in part], dtype=np.int64))
+                )
         return batches
 
     @torch.no_grad()
@@ -168,7 +170,9 @@ class HeldOut:
                     ids_BT = torch.from_numpy(windows).to(ranks.device)
                     inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
                     out = model(
-                        input_ids=inputs_BT, document_ids=document_ids(inputs_BT, self._eos_id), use_cache=False
+                        input_ids=inputs_BT,
+                        document_ids=document_ids(inputs_BT, self._eos_id),
+                        use_cache=False,
                     )
                     losses_BT = F.cross_entropy(
                         out.logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
@@ -191,7 +195,9 @@ class HeldOut:
             "expert_frequency": (chosen_LE / seen_C.sum()).tolist(),
             "neuron_sparsity": (1.0 - active_LE / possible_LE).tolist(),
             "by_category": {
-                name: (chosen_CLE[c] / seen_C[c]).tolist() for c, name in enumerate(CATEGORIES) if seen_C[c] > 0
+                name: (chosen_CLE[c] / seen_C[c]).tolist()
+                for c, name in enumerate(CATEGORIES)
+                if seen_C[c] > 0
             },
         }
         return self._scores({n: float(nats_C[CATEGORIES.index(n)]) for n in self.streams}, activations)

@@ -7,7 +7,8 @@ processes does not enter. Two counter-based pieces make it so:
   step, so that counts differ from ``share * batch`` by less than one and are right on average;
 - which windows: the n-th sequence of a category is window ``permutation(n mod W)`` of epoch ``n div W``, where the
   permutation of the W windows is a keyed Feistel network walked back into range. Every window is seen once per
-  epoch and nothing of size W is held in memory. Each epoch shifts all windows by a random part of the tokens left over at the end.
+  epoch and nothing of size W is held in memory. Each epoch shifts all windows by a random part of the tokens that
+  are left over at the end.
 """
 
 from __future__ import annotations
@@ -96,7 +97,9 @@ def effective_mixture(
     left = {name: share for name, share in wanted.items() if name not in absent}
     total = sum(left.values())
     if total <= 0:
-        raise StageError(f"None of the categories of {span.name} ({', '.join(wanted)}) has tokens in the shards.")
+        raise StageError(
+            f"None of the categories of {span.name} ({', '.join(wanted)}) has tokens in the shards."
+        )
     return {name: left.get(name, 0.0) / total for name in CATEGORIES}, absent
 
 

@@ -43,7 +43,9 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
         if points:
             upper.plot(*zip(*points, strict=True), color=colour, linewidth=0.9, alpha=0.8, label=name)
     steps = [line["step"] for line in training]
-    upper.plot(steps, [line["metrics"][TRAIN_KEY] for line in training], color="black", linewidth=1.6, label="all")
+    upper.plot(
+        steps, [line["metrics"][TRAIN_KEY] for line in training], color="black", linewidth=1.6, label="all"
+    )
     upper.set_ylabel("training loss (nats per token)")
     upper.legend(ncols=4, frameon=False, fontsize=8)
     lower.plot(steps, [line["metrics"]["train/lr"] for line in training], color="black", linewidth=1.2)
@@ -56,7 +58,11 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
     for span in curriculum.spans:
         label = f"{span.name}: context {span.spec.context}, RoPE base {span.spec.rope_theta:g}"
         upper.annotate(
-            label, ((span.start + span.end) / 2, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=7.5
+            label,
+            ((span.start + span.end) / 2, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            fontsize=7.5,
         )
     _save(figure, out)
 

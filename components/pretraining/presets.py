@@ -46,7 +46,11 @@ def pretrain_config_smoke() -> PretrainConfig:
         ),
         stages=tuple(
             CurriculumStage(
-                tokens=tokens, context=context, sequences_per_step=1024 // context, rope_theta=theta, mixture=mixture
+                tokens=tokens,
+                context=context,
+                sequences_per_step=1024 // context,
+                rope_theta=theta,
+                mixture=mixture,
             )
             for tokens, context, theta, mixture in (
                 (30_720, 64, 1e5, _FOUNDATION),
@@ -80,10 +84,14 @@ def _full_size(
     shapes = (
         (4096, global_batch, 1e5),  # [paper] sequence 4096, global batch, RoPE base
         (4096, global_batch, 1e5),
-        (final_context, final_batch, 1.5e6),  # [paper] length and base; [ours] batch: about as many tokens a step
+        (
+            final_context,
+            final_batch,
+            1.5e6,
+        ),  # [paper] length and base; [ours] batch: about as many tokens a step
     )
     return PretrainConfig(
-        model=ModelPart(preset=preset),  # type: ignore[arg-type]
+        model=ModelPart(preset=preset),
         stages=tuple(
             CurriculumStage(
                 tokens=int(share * horizon_tokens),
@@ -109,13 +117,15 @@ def _full_size(
             tokens_per_category=2_000_000, bigram_tokens_per_category=20_000_000, sequences_per_batch=2
         ),
         load_balance_coef=0.008,  # [ours] the ablation's weight in Qiu et al., arXiv 2501.11873
-        load_balance_group=32,  # [ours] 32 ranks x micro-batch >= 128 sequences with accumulation: see the spec's source
+        load_balance_group=32,  # [ours] 32 ranks x micro-batch >= 128 sequences with accumulation (same source)
         router_z_coef=1e-3,  # [ours] ST-MoE, arXiv 2202.08906
         absent_category="error",  # [ours] at this cost a missing category is a mistake
         sequences_per_micro_batch=micro_batch,  # [ours] what fits beside the weights, see the plan
         hardware=hardware,
         precision="bf16",  # [ours] with fp32 master weights in the optimizer
+        export_dtype="bf16",  # as the released checkpoints
         zero_stage=2,  # [ours] partitions the gradients too: without expert parallelism they would not fit
+        loss_chunk_tokens=4096,  # [ours] 151,936 logits a token: a whole long sequence's would fill the GPU
         activation_checkpointing=True,  # [ours] memory; costs a third more FLOPs in the layers
         device="cuda",
         threads=8,
@@ -152,3 +162,11 @@ def pretrain_config_21b() -> PretrainConfig:
         micro_batch=1,
         hardware=HardwarePart(gpus=256, gpu_memory_gb=80.0, peak_tflops=989.0, assumed_mfu=0.3),
     )
+
+
+PRESETS = {
+    "smoke": pretrain_config_smoke,
+    "nano": pretrain_config_nano,
+    "4b": pretrain_config_4b,
+    "21b": pretrain_config_21b,
+}

@@ -56,9 +56,9 @@ def align_metrics(path: Path, step: int, record: RunRecord) -> None:
     training: list[tuple[int, int, dict[str, Any]]] = []
     times: dict[tuple[int, str], float] = {}
     if path.exists():
-        for text in path.read_bytes().split(b"\n"):
+        for raw in path.read_bytes().split(b"\n"):
             try:
-                line = json.loads(text)
+                line = json.loads(raw)
                 number, metrics = int(line["step"]), line["metrics"]
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a crash
@@ -73,7 +73,9 @@ def align_metrics(path: Path, step: int, record: RunRecord) -> None:
             continue
         metrics = evaluation_metrics(name, entry)
         moment = times.get((entry["step"], next(iter(metrics)).partition("/")[0]), round(time.time(), 3))
-        lines.append((entry["step"], _order(name), {"step": entry["step"], "time_s": moment, "metrics": metrics}))
+        lines.append(
+            (entry["step"], _order(name), {"step": entry["step"], "time_s": moment, "metrics": metrics})
+        )
     unique = {(number, order): line for number, order, line in lines}
     text = "".join(json.dumps(unique[key]) + "\n" for key in sorted(unique))
     write_atomically(path, text.encode())

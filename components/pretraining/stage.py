@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -28,7 +29,7 @@ def parse_config(values: Mapping[str, Any]) -> PretrainConfig:
         return PretrainConfig.model_validate(dict(values))
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'pretrain'} = {problem.get('input')!r}: {problem['msg']}"
+            f"{'.'.join(map(str, problem['loc'])) or 'pretrain'} = {problem.get('input')!r}: {problem['msg']}"
             for problem in error.errors(include_url=False)
         ]
         raise StageError("The pretrain recipe has a wrong value: " + "; ".join(lines)) from error
@@ -44,6 +45,9 @@ def run(context: StageContext) -> dict[str, float]:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
     """
     config = parse_config(context.config)
+    # Read by the OpenMP runtime when torch is loaded. Spinning threads cost ten times the work when another process
+    # wants the cores too; on idle ones sleeping threads cost nothing measurable.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if config.processes > 1 or config.hardware.gpus > 1:
         from components.pretraining.launcher import train_under_torchrun
 
@@ -64,7 +68,9 @@ def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
         return Trainer(context, config, ranks, interruption).train()
 
 
-def write_results(context: StageContext, config: PretrainConfig, evaluations: Mapping[str, Any]) -> dict[str, float]:
+def write_results(
+    context: StageContext, config: PretrainConfig, evaluations: Mapping[str, Any]
+) -> dict[str, float]:
     """Write ``heldout.json``, ``activation_stats.json`` and the pictures from the finished evaluations."""
     from components.pretraining.pictures import draw_bits_per_byte, draw_loss
 
@@ -93,13 +99,8 @@ def write_results(context: StageContext, config: PretrainConfig, evaluations: Ma
 
 def _check_lessons(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
     """Put into the notes what a reviewer would otherwise have to find in a table."""
-    for earlier, later in zip(names, names[1:], strict=False):
+    for earlier, later in itertools.pairwise(names):
         if heldout[later]["overall"] >= heldout[earlier]["overall"]:
             context.note(f"{later} did not lower the held-out bits per byte of {earlier}.")
     if heldout[names[-1]]["overall"] >= heldout["bigram"]["overall"]:
         context.note("The model does not beat the bigram baseline on held-out text.")
-
-
-def request_path(context: StageContext) -> Path:
-    """Where a launch leaves its request for the workers."""
-    return context.scratch / "request.json"

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from components.artifacts import StageError
 from components.pretraining.batches import MicroBatch
@@ -83,6 +84,32 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
         logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="none"
     )
     return losses.view(labels_BT.shape[0], -1)
+
+
+def chunked_token_losses(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor, chunk_tokens: int) -> Tensor:
+    """:func:`token_losses` without ever holding all logits: ``[B, T - 1]`` float32.
+
+    The output matrix is applied to ``chunk_tokens`` positions at a time and again in the backward pass, so that the
+    logits take ``chunk_tokens * V`` numbers instead of ``B * T * V``.
+
+    Args:
+        x_BTD: residual stream after the final norm.
+        head_VD: output matrix.
+        labels_BT: labels, unshifted.
+        chunk_tokens: positions per chunk.
+    """
+
+    def losses(x_tD: Tensor, labels_t: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x_tD, head_VD).float(), labels_t, reduction="none")
+
+    x_RD, labels_R = x_BTD[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
+    parts = [
+        checkpoint(losses, x_tD, labels_t, use_reentrant=False)
+        for x_tD, labels_t in zip(
+            torch.split(x_RD, chunk_tokens), torch.split(labels_R, chunk_tokens), strict=True
+        )
+    ]
+    return torch.cat(parts).view(labels_BT.shape[0], -1)
 
 
 class StepMeter:
@@ -203,12 +230,13 @@ class LossGuard:
             median = statistics.median(self.recent)
             if loss > self._ratio * median:
                 complaint = (
-                    f"the loss jumped to {loss:.4g}, more than {self._ratio:g} times the recent median of {median:.4g}"
+                    f"the loss jumped to {loss:.4g}, more than {self._ratio:g} times "
+                    f"the recent median of {median:.4g}"
                 )
         if complaint:
             raise StageError(
-                f"Training stopped at step {step}: {complaint}. The step was not logged and earlier checkpoints are "
-                f"kept. Its batch (category@first token): {batch}. Lower the learning rate or raise spike_ratio."
+                f"Training stopped at step {step}: {complaint}. Earlier checkpoints are kept. Lower the learning rate "
+                f"or raise spike_ratio. The batch (category@first token): {batch}"
             )
 
     def accept(self, loss: float) -> None:

@@ -7,6 +7,7 @@ the last log line): data order, learning rate and mixture follow from the step.
 
 from __future__ import annotations
 
+import copy
 import resource
 import shutil
 import sys
@@ -22,14 +23,29 @@ from components.pretraining.batches import BatchSource
 from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import PretrainConfig
 from components.pretraining.curriculum import StageSpan
-from components.pretraining.engine import Ranks, build_engine, enter_stage, load_engine, save_engine
+from components.pretraining.engine import (
+    Ranks,
+    build_engine,
+    enter_stage,
+    load_engine,
+    master_weights,
+    save_engine,
+)
 from components.pretraining.flops import training_flops_per_token
 from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
 from components.pretraining.interruption import Interruption
 from components.pretraining.progress import RunRecord, align_metrics, evaluation_metrics, flush_to_disk
-from components.pretraining.telemetry import Interval, Layout, LossGuard, RouterEntropy, StepMeter, token_losses
+from components.pretraining.telemetry import (
+    Interval,
+    Layout,
+    LossGuard,
+    RouterEntropy,
+    StepMeter,
+    chunked_token_losses,
+    token_losses,
+)
 from components.tokenization import TokenShards
-from model import ConfigError, SmallThinkerConfig, SmallThinkerForCausalLM, preset
+from model import PRESETS, ConfigError, SmallThinkerConfig, SmallThinkerForCausalLM, preset
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -50,7 +66,11 @@ def model_config(config: PretrainConfig, shards: TokenShards | None = None) -> S
         **config.model.overrides,
     }
     try:
-        result = preset(config.model.preset, **overrides)
+        named = preset(config.model.preset)
+        unknown = [key for key in overrides if not hasattr(named, key)]
+        if unknown:
+            raise ConfigError(f"{', '.join(unknown)} is no key of SmallThinkerConfig")
+        result = SmallThinkerConfig(**{**PRESETS[config.model.preset], **overrides})
     except (ConfigError, TypeError) as error:
         raise StageError(f"model.overrides of the pretrain recipe: {error}") from error
     if shards is not None and shards.vocab_size > result.vocab_size:
@@ -97,16 +117,23 @@ class Trainer:
         self._tokenizer_folder = tokens / TOKENIZER_FOLDER
         self._shards = TokenShards.open(tokens)
         if TRAIN_SPLIT not in self._shards.splits:
-            raise StageError(f"The token shards have no split {TRAIN_SPLIT}; there are {', '.join(self._shards.splits)}.")
-        streams = {name: self._shards.shard(TRAIN_SPLIT, name) for name in self._shards.categories(TRAIN_SPLIT)}
+            raise StageError(
+                f"The token shards have no split {TRAIN_SPLIT}; there are {', '.join(self._shards.splits)}."
+            )
+        streams = {
+            name: self._shards.shard(TRAIN_SPLIT, name) for name in self._shards.categories(TRAIN_SPLIT)
+        }
         self._source = BatchSource(config, streams, self._shards.eos_id)
         self._curriculum = self._source.curriculum
         self._architecture = model_config(config, self._shards)
-        self._heldout = HeldOut.open(self._shards, self._tokenizer_folder / "tokenizer.json", config.evaluation)
+        self._heldout = HeldOut.open(
+            self._shards, self._tokenizer_folder / "tokenizer.json", config.evaluation
+        )
         self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
         self._record = RunRecord(context.scratch)
         self._metrics_path = context.out / METRICS_NAME
-        model = initial_model(config, self._architecture).to(ranks.device)
+        model = initial_model(config, self._architecture)
+        model.to(ranks.device)  # type: ignore[arg-type]
         self._engine = build_engine(model, config, ranks)
         self._entropy = RouterEntropy(self._engine.module)
         layout = Layout(
@@ -188,14 +215,25 @@ class Trainer:
         for number, batch in enumerate(batches, 1):
             device = self._ranks.device
             labels_BT = batch.labels_BT.to(device, non_blocking=True)
+            chunk = config.loss_chunk_tokens
             out = engine(
                 input_ids=batch.input_ids_BT.to(device, non_blocking=True),
                 document_ids=batch.document_ids_BT.to(device, non_blocking=True),
                 use_cache=False,
+                logits_to_keep=1 if chunk else 0,
+                output_hidden_states=bool(chunk),
             )
-            losses_BT = token_losses(out.logits, labels_BT)
+            if chunk:
+                head_VD = engine.module.lm_head.weight
+                losses_BT = chunked_token_losses(out.hidden_states[-1], head_VD, labels_BT, chunk)
+            else:
+                losses_BT = token_losses(out.logits, labels_BT)
             ce = losses_BT.mean()
-            loss = ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
+            loss = (
+                ce
+                + config.load_balance_coef * out.load_balance_loss
+                + config.router_z_coef * out.router_z_loss
+            )
             self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
             engine.backward(loss)
             if number < len(batches):
@@ -244,8 +282,8 @@ class Trainer:
 
     def _stop_now(self) -> None:
         raise TrainingInterrupted(
-            f"Stopped by {self._interruption.name} at step {self._step} of {self._curriculum.total_steps}; everything up "
-            "to there is saved, and the same command goes on from it."
+            f"Stopped by {self._interruption.name} at step {self._step} of {self._curriculum.total_steps}; everything "
+            "up to there is saved, and the same command goes on from it."
         )
 
     def _log_interval(self, tokens: int, elapsed_s: float, waited_s: float, flops_per_token: float) -> None:
@@ -292,15 +330,33 @@ class Trainer:
     def _export(self, span: StageSpan) -> None:
         """Write the stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
-        if not target.is_dir() and self._ranks.is_first:
+        if self._agree(target.is_dir()):
+            return
+        dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
+        weights = master_weights(self._engine, dtype)
+        if self._ranks.is_first:
             draft = self._context.scratch / f"export-{span.name}"
             shutil.rmtree(draft, ignore_errors=True)
-            self._engine.module.save_pretrained(draft)
+            architecture = copy.deepcopy(self._architecture)
+            architecture.rope_theta = span.spec.rope_theta
+            architecture.dtype = dtype
+            with torch.device("meta"):
+                model = SmallThinkerForCausalLM(architecture)
+            model.load_state_dict(weights, strict=False, assign=True)
+            model.tie_weights()
+            model.save_pretrained(draft)
             for path in sorted(self._tokenizer_folder.iterdir()):
                 if path.is_file():
                     shutil.copyfile(path, draft / path.name)
             draft.rename(target)
         self._barrier()
+
+    def _agree(self, answer: bool) -> bool:
+        """The first rank's answer, on all ranks."""
+        answers = [answer]
+        if self._ranks.world > 1:
+            dist.broadcast_object_list(answers, src=0)
+        return answers[0]
 
     def _bigram(self) -> None:
         if self._ranks.is_first and "bigram" not in self._record:
@@ -325,6 +381,9 @@ class Trainer:
         """
         for name, absent in self._source.absent.items():
             self._note_once(f"The shards lack {', '.join(absent)}; {name}'s other shares were scaled up.")
+        self._note_once(
+            f"Trained in {self._ranks.precision} on {self._ranks.world} x {self._ranks.device.type}."
+        )
         missing = [n for n in self._shards.categories(TRAIN_SPLIT) if n not in self._heldout.streams]
         if missing:
             self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")

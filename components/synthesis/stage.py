@@ -164,7 +164,7 @@ async def _live_pass(
     ledger: Ledger,
 ) -> None:
     """Run every item, ``concurrency`` at a time, for its answers; what an item makes is of no interest yet."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     started = time.monotonic()
     deadline = None if config.time_limit_s is None else started + config.time_limit_s

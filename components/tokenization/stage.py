@@ -17,7 +17,7 @@ from datatrove.utils.logging import logger  # type: ignore[import-untyped]
 from datatrove.utils.tokenization import PipelineStepWithTokenizer  # type: ignore[import-untyped]
 from pydantic import ValidationError
 from tokenizers import Tokenizer
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, write_json
 from components.sources import fetch

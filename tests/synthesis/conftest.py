@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import random
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from components.artifacts import StageContext
+from components.curation.quality import train_reliably
 from components.sources.cache import STAMP_NAME, _declaration
 from components.sources.catalogue import load_catalogue
 from components.synthesis import SynthesizeConfig
@@ -57,14 +57,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     training = folder / "lid.txt"
     training.write_text("\n".join(lines))
-    for _ in range(
-        50
-    ):  # fastText 0.9.2 sometimes starts from memory it did not clear, and says "Encountered NaN"
-        with contextlib.suppress(RuntimeError):
-            model = fasttext.train_supervised(
-                str(training), epoch=10, minn=2, maxn=4, dim=16, bucket=20_000, verbose=0, thread=1
-            )
-            break
+    model = train_reliably(
+        fasttext.train_supervised, training, epoch=10, minn=2, maxn=4, dim=16, bucket=20_000
+    )
     model.save_model(str(folder / "lid.bin"))
     plant(
         folder,

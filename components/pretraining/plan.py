@@ -1,0 +1,297 @@
+"""What a run will cost and what it lacks, before anything is spent: ``python -m components.pretraining.plan 21b``.
+
+``plan(...)`` counts parameters on the meta device, memory per GPU by part, tokens, FLOPs and days;
+``preflight(config)`` lists what this machine lacks (the runner asks it before it starts any stage).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from components.artifacts import StageError
+from components.pretraining.config import HardwarePart, PretrainConfig
+from components.pretraining.curriculum import Curriculum
+from components.pretraining.flops import active_parameters, training_flops_per_token
+
+if TYPE_CHECKING:
+    from model import SmallThinkerConfig
+
+_GB = 1e9
+_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce bucket, in elements
+_RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowance
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One curriculum stage in figures."""
+
+    name: str
+    tokens: float
+    context: int
+    steps: int
+    tokens_per_step: int
+    micro_batch: int
+    accumulation: float
+    flops_per_token: float
+    days: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in figures; ``render()`` says them.
+
+    Attributes:
+        gpus: data-parallel processes counted on.
+        parameters, active: all parameters, and those that act on a token without the vocabulary's matrices.
+        memory_bytes: of one process, by part.
+        memory_limit_bytes: of one GPU.
+        stages: per curriculum stage.
+        flops: of the whole run.
+        days: of the whole run at ``mfu``.
+    """
+
+    model: str
+    gpus: int
+    zero_stage: int
+    precision: str
+    parameters: int
+    active: int
+    memory_bytes: dict[str, float]
+    memory_limit_bytes: float
+    stages: tuple[StagePlan, ...]
+    flops: float
+    days: float
+    mfu: float
+    peak_tflops: float
+    problems: tuple[str, ...]
+
+    @property
+    def tokens(self) -> float:
+        """Training tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    def render(self) -> str:
+        """The plan as text, one fact per line."""
+        total = sum(self.memory_bytes.values())
+        lines = [
+            f"model       {self.model}: {self.parameters:,} parameters, {self.active:,} active per token "
+            "(vocabulary matrices apart)",
+            f"mesh        {self.gpus} data-parallel processes, ZeRO-{self.zero_stage}, {self.precision}; "
+            "expert parallelism 1",
+            f"memory      {total / _GB:.1f} GB of {self.memory_limit_bytes / _GB:.0f} GB per GPU",
+            *(f"  {name:<26}{size / _GB:8.2f} GB" for name, size in self.memory_bytes.items()),
+            f"tokens      {self.tokens:.4g} in {sum(s.steps for s in self.stages):,} steps",
+        ]
+        for stage in self.stages:
+            lines.append(
+                f"  {stage.name}: {stage.tokens:.4g} tokens, context {stage.context:,}, {stage.steps:,} steps of "
+                f"{stage.tokens_per_step:,} tokens ({stage.micro_batch} sequences x {stage.accumulation:g} micro-steps "
+                f"per process), {stage.flops_per_token:.3e} FLOPs per token, {stage.days:.1f} days"
+            )
+        lines.append(
+            f"compute     {self.flops:.3g} FLOPs (recomputation not counted); "
+            f"{self.days:.1f} days at {self.mfu:.0%} of {self.peak_tflops:g} TFLOP/s on {self.gpus} GPUs"
+        )
+        lines += [f"problem     {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def count_parameters(model: SmallThinkerConfig) -> int:
+    """All parameters, counted on the meta device (nothing is allocated)."""
+    import torch
+
+    from model import SmallThinkerForCausalLM
+
+    with torch.device("meta"):
+        network = SmallThinkerForCausalLM(model)
+    network.tie_weights()
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def memory_by_part(
+    model: SmallThinkerConfig, config: PretrainConfig, parameters: int, processes: int
+) -> dict[str, float]:
+    """Estimated bytes per process and part, at the stage that needs most.
+
+    Weights and gradients in the working dtype, fp32 master weights and two Adam moments sharded (ZeRO-1), gradients
+    sharded too beyond one reduce bucket (ZeRO-2). Activations: with checkpointing one residual stream per layer and one
+    layer's working set; without, every layer's. The head holds its logits, their fp32 copy and its gradient.
+    """
+    width_bytes = 4 if config.precision == "fp32" else 2
+    shards = max(1, processes)
+    tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
+    bucket = min(parameters, _BUCKET_ELEMENTS) * width_bytes
+    gradients = parameters * width_bytes
+    if config.zero_stage >= 2:
+        gradients = gradients // shards + 2 * bucket
+    heads = model.num_attention_heads * model.head_dim
+    routed = model.moe_num_active_primary_experts * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size)
+    layer_bytes = tokens * (6 * model.hidden_size + 4 * heads + routed) * width_bytes
+    residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
+    layers = model.num_hidden_layers
+    logits = min(tokens, config.loss_chunk_tokens or tokens) * model.vocab_size * (2 * width_bytes + 8)
+    activations = residual_bytes + layer_bytes if config.activation_checkpointing else layer_bytes * layers
+    parts = {
+        "weights": float(parameters * width_bytes),
+        "gradients": float(gradients),
+        "master weights and moments": parameters * 12.0 / shards
+        if width_bytes == 2
+        else parameters * 8.0 / shards,
+        "activations": float(activations),
+        "logits and their gradient": float(logits),
+    }
+    if config.hardware.gpus:
+        parts["CUDA, NCCL, fragmentation"] = _RESERVE_BYTES
+    return parts
+
+
+def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None) -> Plan:
+    """Compute a run's figures.
+
+    Args:
+        model: the architecture.
+        config: the recipe's part.
+        hardware: replaces the recipe's.
+    """
+    hardware = hardware or config.hardware
+    processes = hardware.gpus or config.processes
+    parameters = count_parameters(model)
+    memory = memory_by_part(model, config, parameters, processes)
+    limit = hardware.gpu_memory_gb * _GB
+    problems: list[str] = []
+    stages = []
+    for span in Curriculum(config).spans:
+        spec, micro = span.spec, config.micro_batch(span.index)
+        accumulation = spec.sequences_per_step / (micro * processes)
+        if accumulation != int(accumulation) or accumulation < 1:
+            problems.append(
+                f"{span.name}: {spec.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
+                f"{processes} processes"
+            )
+        tokens = float(span.spec.steps * spec.context * spec.sequences_per_step)
+        flops = training_flops_per_token(model, spec.context)
+        speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
+        stages.append(
+            StagePlan(
+                name=span.name,
+                tokens=tokens,
+                context=spec.context,
+                steps=spec.steps,
+                tokens_per_step=spec.context * spec.sequences_per_step,
+                micro_batch=micro,
+                accumulation=accumulation,
+                flops_per_token=flops,
+                days=tokens * flops / speed / 86_400,
+            )
+        )
+    needed = sum(memory.values())
+    if hardware.gpus and needed > limit:
+        problems.append(f"{needed / _GB:.0f} GB per GPU are needed and {limit / _GB:.0f} GB are there")
+    return Plan(
+        model=config.model.preset,
+        gpus=processes,
+        zero_stage=config.zero_stage,
+        precision=config.precision,
+        parameters=parameters,
+        active=active_parameters(model),
+        memory_bytes=memory,
+        memory_limit_bytes=limit,
+        stages=tuple(stages),
+        flops=sum(stage.tokens * stage.flops_per_token for stage in stages),
+        days=sum(stage.days for stage in stages),
+        mfu=hardware.assumed_mfu,
+        peak_tflops=hardware.peak_tflops,
+        problems=tuple(problems),
+    )
+
+
+def gpus_here(environment: Mapping[str, str]) -> tuple[int, float]:
+    """CUDA devices of this machine (times the nodes of a Slurm allocation), and the smallest one's memory in bytes."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    memory = min((float(torch.cuda.get_device_properties(i).total_memory) for i in range(count)), default=0.0)
+    return count * int(environment.get("SLURM_JOB_NUM_NODES", "1")), memory
+
+
+def preflight(config: PretrainConfig) -> list[str]:
+    """One sentence per thing that this machine lacks for ``config``; empty when it can start."""
+    problems: list[str] = []
+    for module in ("torch", "deepspeed", "transformers", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            problems.append(
+                f"the Python package {module} is missing; install the extra: pip install 'smallthinker[pipeline]'"
+            )
+    if problems:
+        return problems
+    hardware = config.hardware
+    found, memory = gpus_here(os.environ)
+    if hardware.gpus > found:
+        problems.append(
+            f"needs {hardware.gpus} GPUs with {hardware.gpu_memory_gb:g} GB; found {found} "
+            "(start it inside an allocation: infra/slurm, infra/kubernetes)"
+        )
+    elif hardware.gpus and memory < 0.95 * hardware.gpu_memory_gb * _GB:
+        problems.append(
+            f"needs GPUs with {hardware.gpu_memory_gb:g} GB; the smallest here has {memory / _GB:.0f} GB"
+        )
+    elif config.device == "cuda" and not found:
+        problems.append("device is cuda and torch finds no CUDA device; set pretrain.device=auto")
+    if hardware.gpus:
+        from components.pretraining.trainer import model_config
+
+        problems += plan(model_config(config), config).problems
+    return problems
+
+
+def describe(config: PretrainConfig) -> str:
+    """The plan of a recipe's part as text.
+
+    Raises:
+        StageError: the model's overrides are impossible.
+    """
+    from components.pretraining.trainer import model_config
+
+    return plan(model_config(config), config).render()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print plan and preflight of a recipe; returns 1 when something is missing."""
+    from components.pretraining.engine import deepspeed_config
+    from components.pretraining.presets import PRESETS
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", choices=sorted(PRESETS))
+    parser.add_argument("--deepspeed", action="store_true", help="print DeepSpeed's config as JSON instead")
+    arguments = parser.parse_args(argv)
+    config = PRESETS[arguments.recipe]()
+    write = sys.stdout.write
+    if arguments.deepspeed:
+        precision = "bf16" if config.precision == "bf16" else "fp32"
+        values: dict[str, Any] = deepspeed_config(config, config.hardware.gpus or config.processes, precision)
+        write(json.dumps(values, indent=2) + "\n")
+        return 0
+    try:
+        write(describe(config) + "\n")
+    except StageError as error:
+        write(f"{error}\n")
+        return 1
+    problems = preflight(config)
+    for problem in problems:
+        write(f"missing     {problem}\n")
+    if not problems:
+        write("preflight   nothing is missing\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
