@@ -5,6 +5,9 @@ In the project folder, with ``make orchestrator`` running: ``prefect deployment 
 
 from __future__ import annotations
 
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from prefect import Flow, flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 
 from components.artifacts import ArtifactError, StageError
@@ -65,20 +70,40 @@ def _make_flow(name: str, recipe: str, until: str | None, description: str) -> F
     return pipeline_flow
 
 
+@contextmanager
+def _prefect_server() -> Iterator[None]:
+    """The running server that ``prefect.toml`` names, else a temporary one with the same database."""
+    url = PREFECT_API_URL.value()
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=1):
+            pass
+    except (OSError, ValueError):
+        server = SubprocessASGIServer()
+        server.start()
+        try:
+            with temporary_settings({PREFECT_API_URL: server.api_url}):
+                yield
+        finally:
+            server.stop()
+    else:
+        yield
+
+
 def run_as_flow(request: Request) -> None:
-    """Run a request as a flow in this process.
+    """Run a request as a flow in this process, on the running Prefect server or a temporary one.
 
     Raises:
         StageError: the flow failed; its message says why.
     """
     name = f"pipeline-{request.recipe}" if request.until is None else f"{request.until}-{request.recipe}"
     pipeline_flow = _make_flow(name, request.recipe, request.until, __doc__ or "")
-    state: Any = pipeline_flow(
-        overrides=list(request.overrides),
-        rebuild=list(request.rebuild),
-        root=str(request.root),
-        return_state=True,
-    )
+    with _prefect_server():
+        state: Any = pipeline_flow(
+            overrides=list(request.overrides),
+            rebuild=list(request.rebuild),
+            root=str(request.root),
+            return_state=True,
+        )
     if not state.is_completed():
         raise StageError(
             (state.message or "the flow did not complete").partition(": ")[2] or str(state.message)

@@ -11,8 +11,6 @@ import os
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from flows.runner import PROJECT, Runner, StageOutcome, finished_manifests
 from flows.stages import STAGE_NAMES, STAGES, Stage, upstream
 
 EXIT_USER_ERROR = 2
-_SERVER_URL = "http://127.0.0.1:4200/api"
 
 Say = Callable[[str], None]
 RunStage = Callable[[Runner, Stage], StageOutcome]
@@ -147,17 +144,6 @@ def _display(path: Path) -> str:
         return str(path.resolve())
 
 
-def choose_prefect_server() -> None:
-    """Use the running server that ``prefect.toml`` names, else a temporary one inside this process."""
-    url = os.environ.get("PREFECT_API_URL", _SERVER_URL)
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=1):
-            os.environ["PREFECT_API_URL"] = url
-    except (OSError, ValueError, urllib.error.URLError):
-        os.environ["PREFECT_API_URL"] = ""
-        os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "true")
-
-
 def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -188,7 +174,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.plain:
             run_pipeline(request)
         else:
-            choose_prefect_server()
             os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
             from flows.deployments import run_as_flow
 

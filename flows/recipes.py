@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from components.artifacts import StageConfig
 from components.curation.config import CorpusSource, CurateConfig, HubSource
@@ -22,6 +22,10 @@ from components.pretraining import presets
 from components.pretraining.config import PretrainConfig
 from components.synthesis.config import MgaConfig, PersonaConfig, SynthesizeConfig, TaskConfig, TeacherConfig
 from components.tokenization.config import TokenizeConfig
+
+
+_FREE_FIELDS = ("overrides", "documents", "generated_rows")  # mappings whose keys are the user's
+_LONGEST_VALUE = 60
 
 
 class RecipeError(ValueError):
@@ -42,6 +46,16 @@ class Recipe(StageConfig):
     evaluate: EvaluateConfig
     export: ExportConfig
     benchmark: BenchmarkConfig
+
+    @model_validator(mode="after")
+    def _check_vocabulary(self) -> Self:
+        tokens, model = self.tokenize.vocab_size, self.pretrain.model.vocab_size
+        if tokens > model:
+            raise ValueError(
+                f"tokenize.vocab_size is {tokens} and the model has {model} tokens; lower the one or raise "
+                "pretrain.model.overrides.vocab_size"
+            )
+        return self
 
     def part(self, stage: str) -> dict[str, Any]:
         """A stage's config as plain JSON values."""
@@ -259,11 +273,10 @@ def _set_field(values: dict[str, Any], path: str, text: str) -> None:
     if isinstance(place, list):
         _enter(place, leaf, path)
         place[int(leaf)] = value
-    elif isinstance(place, dict) and leaf in place:
+    elif isinstance(place, dict) and (leaf in place or (folders and folders[-1] in _FREE_FIELDS)):
         place[leaf] = value
     else:
-        allowed = ", ".join(sorted(place)) if isinstance(place, dict) else "none: it is a plain value"
-        raise RecipeError(f"the recipe has no field {path!r}; fields there: {allowed}")
+        raise _no_field(place, path)
 
 
 def _enter(place: Any, key: str, path: str) -> Any:
@@ -273,14 +286,25 @@ def _enter(place: Any, key: str, path: str) -> Any:
         return place[key]
     if isinstance(place, list):
         raise RecipeError(f"the recipe has no field {path!r}; its list has the indices 0 to {len(place) - 1}")
+    raise _no_field(place, path)
+
+
+def _no_field(place: Any, path: str) -> RecipeError:
     allowed = ", ".join(sorted(place)) if isinstance(place, dict) else "none: it is a plain value"
-    raise RecipeError(f"the recipe has no field {path!r}; fields there: {allowed}")
+    return RecipeError(f"the recipe has no field {path!r}; fields there: {allowed}")
 
 
 def describe_validation_error(name: str, error: ValidationError) -> str:
     """One line per wrong value: field, value, and what is allowed."""
+    problems = error.errors(include_url=False)
+    places = [problem["loc"] for problem in problems]
     lines = []
-    for problem in error.errors(include_url=False):
-        field = ".".join(str(part) for part in problem["loc"]) or "recipe"
-        lines.append(f"{field} = {problem.get('input')!r}: {problem['msg']}")
+    for problem, place in zip(problems, places, strict=True):
+        if any(other != place and other[: len(place)] == place for other in places):
+            continue  # a consequence of the other
+        field = ".".join(str(part) for part in place)
+        value = repr(problem.get("input"))
+        said = f" = {value}" if len(value) <= _LONGEST_VALUE else ""
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{field}{said}: {message}" if field else message)
     return f"recipe {name} has a wrong value: " + "; ".join(lines)

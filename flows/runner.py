@@ -53,6 +53,11 @@ class Observer(Protocol):
     def stage_failed(self, identity: Identity, folder: Path, message: str) -> None: ...
 
 
+def _function(name: str) -> Any:
+    module, function = name.split(":")
+    return getattr(import_module(module), function)
+
+
 @dataclass(frozen=True)
 class PlannedStage:
     """One line of the plan: what will happen to a stage, and why."""
@@ -133,8 +138,7 @@ class Runner:
         for entry in planned:
             if entry.finished or not entry.stage.preflight:
                 continue
-            module, function = entry.stage.preflight.split(":")
-            check: Callable[[Any], list[str]] = getattr(import_module(module), function)
+            check: Callable[[Any], list[str]] = _function(entry.stage.preflight)
             problems += [
                 f"{entry.stage.name}: {line}" for line in check(getattr(self.recipe, entry.stage.name))
             ]
@@ -142,10 +146,14 @@ class Runner:
             raise PreflightError("nothing was started, because\n  " + "\n  ".join(problems))
 
     def describe(self, planned: Sequence[PlannedStage]) -> None:
-        """Say the plan: one line per stage."""
+        """Say the plan: one line per stage, and what a stage that will run on GPUs will cost."""
         for entry in planned:
             state = "finished" if entry.finished else "to run: " + "; ".join(entry.reasons[:4])
             self.say(f"  {entry.stage.name:<11} {state}")
+            if entry.stage.figures and not entry.finished:
+                figures: Callable[[Any], str] = _function(entry.stage.figures)
+                for line in figures(getattr(self.recipe, entry.stage.name)).splitlines():
+                    self.say(f"{'':<14}{line}")
 
     def run_stage(self, stage: Stage) -> StageOutcome:
         """Build one stage unless it is finished; its parents must be.

@@ -46,7 +46,7 @@ class MergeConfig(StageConfig):
     )
     context: int = Field(512, ge=8, le=1 << 20, description="tokens of a held-out window")
     bits_per_byte_weight: float = Field(
-        1.0,
+        0.25,
         ge=0.0,
         le=100.0,
         description="score given up per relative rise of bits per byte over the best candidate",

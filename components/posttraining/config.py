@@ -22,9 +22,9 @@ class PosttrainConfig(StageConfig):
     rows_per_micro_batch: int = Field(8, ge=1, le=4096, description="packed rows of one forward pass")
     epochs: float = Field(3.0, gt=0.0, le=100.0, description="passes over the training rows")
     max_steps: int = Field(
-        120, ge=1, le=10_000_000, description="upper bound of optimizer steps, whatever the epochs"
+        220, ge=1, le=10_000_000, description="upper bound of optimizer steps, whatever the epochs"
     )
-    peak_lr: float = Field(2e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
+    peak_lr: float = Field(1.5e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
     final_lr_ratio: float = Field(0.1, ge=0.0, le=1.0, description="last learning rate / peak")
     schedule: Literal["cosine", "linear"] = Field("cosine", description="decay after warm-up")
     warmup_ratio: float = Field(0.05, ge=0.0, lt=1.0, description="share of the steps with linear warm-up")

@@ -45,7 +45,7 @@ def _fsync(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS_NAME)
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / CHECKSUMS_NAME)
 
 
 def seal(folder: Path, step: int) -> None:

@@ -32,6 +32,12 @@ class ModelPart(_Part):
         default_factory=dict, description="official config keys that replace the preset's values"
     )
 
+    @property
+    def vocab_size(self) -> int:
+        """The model's vocabulary, known without importing it."""
+        size: int = self.overrides.get("vocab_size", 4096 if self.preset == "nano" else 151_936)
+        return size
+
 
 class CurriculumStage(_Part):
     """One stage of the curriculum: how many tokens, of what, at which context length and RoPE base."""
@@ -62,11 +68,11 @@ class CurriculumStage(_Part):
 class OptimizerPart(_Part):
     """AdamW; matrices of attention, router and experts decay, norms and the embeddings do not."""
 
-    peak_lr: float = Field(default=4e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
+    peak_lr: float = Field(default=6e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
     final_lr_ratio: float = Field(
         default=0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)"
     )
-    warmup_steps: int = Field(default=40, ge=0, description="steps of linear warm-up; below the run's steps")
+    warmup_steps: int = Field(default=60, ge=0, description="steps of linear warm-up; below the run's steps")
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     eps: float = Field(default=1e-8, gt=0.0, le=1e-2)
@@ -121,7 +127,7 @@ class PretrainConfig(StageConfig):
         default="renormalise", description="what to do when the shards lack a category that a mixture wants"
     )
     sequences_per_micro_batch: int = Field(
-        default=16,
+        default=8,
         ge=1,
         le=4096,
         description="sequences in one forward pass of one process, at the first stage's context",
@@ -151,12 +157,12 @@ class PretrainConfig(StageConfig):
     processes: int = Field(
         default=1, ge=1, le=64, description="processes on this machine; more than 1 go through torchrun"
     )
-    threads: int = Field(default=2, ge=1, le=512, description="CPU threads of each process")
+    threads: int = Field(default=1, ge=1, le=512, description="CPU threads of each process")
     log_every_steps: int = Field(
         default=10, ge=1, le=10_000, description="steps between lines of metrics.jsonl"
     )
     checkpoint_every_steps: int = Field(
-        default=100, ge=1, description="steps between checkpoints; each stage ends with one"
+        default=200, ge=1, description="steps between checkpoints; each stage ends with one"
     )
     keep_checkpoints: int = Field(default=2, ge=1, le=100, description="newest checkpoints kept")
     spike_ratio: float = Field(
@@ -196,23 +202,23 @@ class PretrainConfig(StageConfig):
 
 _NANO_STAGES: tuple[CurriculumStage, ...] = (
     CurriculumStage(
-        tokens=900_000,
+        tokens=1_500_000,
         context=256,
-        sequences_per_step=16,
+        sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.45, "maths": 0.15, "code": 0.15, "web_stem": 0.15, "chinese": 0.10},
     ),
     CurriculumStage(
-        tokens=600_000,
+        tokens=1_100_000,
         context=256,
-        sequences_per_step=16,
+        sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.30, "maths": 0.20, "code": 0.20, "web_stem": 0.20, "chinese": 0.10},
     ),
     CurriculumStage(
-        tokens=400_000,
+        tokens=900_000,
         context=512,
-        sequences_per_step=8,
+        sequences_per_step=4,
         rope_theta=1.5e6,
         mixture={
             "general": 0.25,

@@ -89,7 +89,7 @@ def join_processes(config: PretrainConfig) -> Ranks:
 
 
 def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own config for ``world`` processes at the first stage (``infra/deepspeed`` holds the full sizes')."""
+    """DeepSpeed's own config for ``world`` processes at the first stage."""
     micro = config.micro_batch(0)
     return {
         "train_batch_size": config.stages[0].sequences_per_step,

@@ -262,6 +262,11 @@ def describe(config: PretrainConfig) -> str:
     return plan(model_config(config), config).render()
 
 
+def describe_on_gpus(config: PretrainConfig) -> str:
+    """The plan of a recipe that asks for GPUs; empty for one that runs on whatever there is."""
+    return describe(config) if config.hardware.gpus else ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print plan and preflight of a recipe; returns 1 when something is missing."""
     from components.pretraining.engine import deepspeed_config

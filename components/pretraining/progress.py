@@ -34,6 +34,11 @@ class RunRecord:
         self.values[name] = value
         write_json(self._path, self.values)
 
+    def forget_after(self, step: int) -> None:
+        """Drop evaluations of a later step: the run goes on from ``step`` and makes them again."""
+        for name in [name for name, entry in self.values.items() if entry.get("step", 0) > step]:
+            del self.values[name]
+
 
 def evaluation_metrics(name: str, entry: dict[str, Any]) -> dict[str, float]:
     """The line that an evaluation puts into ``metrics.jsonl``."""

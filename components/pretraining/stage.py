@@ -17,6 +17,7 @@ EVALUATION_NOTE = (
     "bits per byte on held-out text; start: before a stage's first step, at its context and RoPE base; bigram: "
     "interpolated modified Kneser-Ney on all training tokens, scored on the same tokens"
 )
+_LONGEST_VALUE = 60
 
 
 def parse_config(values: Mapping[str, Any]) -> PretrainConfig:
@@ -28,11 +29,31 @@ def parse_config(values: Mapping[str, Any]) -> PretrainConfig:
     try:
         return PretrainConfig.model_validate(dict(values))
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, problem['loc'])) or 'pretrain'} = {problem.get('input')!r}: {problem['msg']}"
-            for problem in error.errors(include_url=False)
-        ]
+        lines = [_sentence(problem) for problem in _causes(error)]
         raise StageError("The pretrain recipe has a wrong value: " + "; ".join(lines)) from error
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """The errors without those that only follow from another: a sequence is too short because its items are wrong."""
+    problems: list[Any] = error.errors(include_url=False)
+    return [
+        problem
+        for problem in problems
+        if problem["type"] != "too_short"
+        or not any(
+            len(other["loc"]) > len(problem["loc"]) and other["loc"][: len(problem["loc"])] == problem["loc"]
+            for other in problems
+        )
+    ]
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    """Field, value where it is short, and what is allowed."""
+    where = ".".join(map(str, problem["loc"]))
+    value = repr(problem.get("input"))
+    shown = f"{where} = {value}" if len(value) <= _LONGEST_VALUE else where
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{shown}: {message}".removeprefix(": ")
 
 
 def run(context: StageContext) -> dict[str, float]:

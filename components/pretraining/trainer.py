@@ -67,9 +67,13 @@ def model_config(config: PretrainConfig, shards: TokenShards | None = None) -> S
     }
     try:
         named = preset(config.model.preset)
-        unknown = [key for key in overrides if not hasattr(named, key)]
-        if unknown:
-            raise ConfigError(f"{', '.join(unknown)} is no key of SmallThinkerConfig")
+        for key, value in overrides.items():
+            if not hasattr(named, key) or callable(getattr(named, key)):
+                raise ConfigError(f"{key} is no key of SmallThinkerConfig")
+            if type(getattr(named, key)) is int and type(value) is not int:
+                raise ConfigError(f"{key} is {value!r}; a whole number is needed")
+            if key.endswith("_layout") and not isinstance(value, list):
+                raise ConfigError(f"{key} is {value!r}; a list of 0 and 1 is needed")
         result = SmallThinkerConfig(**{**PRESETS[config.model.preset], **overrides})
     except (ConfigError, TypeError) as error:
         raise StageError(f"model.overrides of the pretrain recipe: {error}") from error
@@ -165,11 +169,16 @@ class Trainer:
                 self._context.note(complaint)
             step = checkpoint.step if checkpoint else 0
             self._store.discard_after(step)
+            # A damaged checkpoint leads back behind a stage's end: its evaluation and export are made again.
+            for span in self._curriculum.spans:
+                if span.end > step:
+                    shutil.rmtree(self._context.out / span.name, ignore_errors=True)
             align_metrics(self._metrics_path, step, self._record)
             found = [checkpoint]
         if self._ranks.world > 1:
             dist.broadcast_object_list(found, src=0)
         checkpoint = found[0]
+        self._record.forget_after(checkpoint.step if isinstance(checkpoint, Checkpoint) else 0)
         if isinstance(checkpoint, Checkpoint):
             state = load_engine(self._engine, checkpoint.path)
             self._step = int(state["step"])

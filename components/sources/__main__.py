@@ -21,7 +21,7 @@ def main() -> int:
     commands.add_parser("list", help="show every source")
     fetching = commands.add_parser("fetch", help="download, verify and unpack sources")
     fetching.add_argument("names", nargs="+", metavar="NAME")
-    fetching.add_argument("--cache", type=Path, default=Path("artifacts/cache"), help="default: %(default)s")
+    fetching.add_argument("--cache", type=Path, default=Path("runs/cache"), help="default: %(default)s")
     arguments = parser.parse_args()
     status = 0
     try:

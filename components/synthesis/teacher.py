@@ -119,10 +119,10 @@ def _engine_server(config: TeacherConfig, port: int, scratch: Path) -> ServerPro
     model = engine_model(config)
     if not model.is_file():
         raise StageError(f"teacher.engine_model = {config.engine_model!r} is not a file")
-    command = [sys.executable, "-m", "runtime_cpu.serve", str(model), "--port", str(port)]
-    environment = {"OMP_NUM_THREADS": str(config.threads)}
+    options = {"--port": port, "--threads": config.threads, "--queue": max(8, config.concurrency)}
+    command = [sys.executable, "-m", "runtime_cpu.serve", str(model), *(str(x) for o in options.items() for x in o)]
     ready = f"http://127.0.0.1:{port}/health"
-    return ServerProcess("the engine as teacher", command, environment, scratch, ready)
+    return ServerProcess("the engine as teacher", command, {}, scratch, ready)
 
 
 def _served_model(base_url: str) -> str:

@@ -1,0 +1,102 @@
+"""The flows as Prefect deployments: the short name, a worker, and a machine without the GPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import deployments
+from flows.runner import PROJECT
+
+PREFECT = PROJECT / ".venv/bin/prefect"
+
+
+def test_every_deployment_names_a_flow_that_exists() -> None:
+    declared = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    names = {getattr(deployments, entry["entrypoint"].split(":")[1]).name for entry in declared}
+    sizes = {"nano", "4b", "21b"}
+    assert names == {f"{flow}-{size}" for flow in ("pipeline", "pretrain") for size in sizes} | {
+        "pipeline-smoke"
+    }
+
+
+@pytest.fixture
+def orchestrator(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """``make orchestrator`` on a free port; gives the environment that reaches it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "DO_NOT_TRACK": "1",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    log = tmp_path / "log"
+    with log.open("w") as handle:
+        process = subprocess.Popen(
+            [PROJECT / "infra/prefect/orchestrator.sh"],
+            env=environment,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 180
+            while "started" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.5)
+            yield environment
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            finally:
+                os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+
+
+@pytest.mark.pipeline
+@pytest.mark.skipif(not PREFECT.exists(), reason="the orchestrator's script uses .venv")
+def test_the_short_name_runs_and_says_what_a_small_machine_lacks(orchestrator: dict[str, str]) -> None:
+    run = subprocess.run(
+        [PREFECT, "deployment", "run", "pretrain-21b", "--watch", "--watch-timeout", "240"],
+        cwd=PROJECT,
+        env=orchestrator,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    said = run.stdout + run.stderr
+    assert run.returncode != 0, said
+    listed = subprocess.run(
+        [PREFECT, "flow-run", "ls", "--limit", "5"],
+        cwd=PROJECT,
+        env=orchestrator,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "FAILED" in listed, said
+    logs = ""
+    for word in said.replace("'", " ").split():
+        if word.count("-") == 4 and len(word.strip(".,/")) == 36:
+            logs += subprocess.run(
+                [PREFECT, "flow-run", "logs", word],
+                cwd=PROJECT,
+                env=orchestrator,
+                capture_output=True,
+                text=True,
+            ).stdout
+            break
+    flat = " ".join((said + logs).split())
+    assert "needs 256 GPUs" in flat
+    assert "21,506,562,560 parameters" in flat

@@ -1,0 +1,148 @@
+"""Runs the stage in processes that can be killed: ``Children().start(tokens, out, config)``.
+
+A fork server imports torch and DeepSpeed once; every run is then a real process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_LIMIT_S = 240.0
+
+
+def train(tokens: Path, out: Path, config: dict[str, Any], answer: Path) -> None:
+    """The child: run the stage and write down how it ended."""
+    from components.artifacts import StageContext, StageError
+    from components.pretraining import run
+
+    out.mkdir(parents=True, exist_ok=True)
+    context = StageContext("pretrain", "tiny", config, {"tokenize": tokens}, out, out.parent / "cache")
+    result: dict[str, Any] = {}
+    try:
+        result["metrics"] = run(context)
+    except StageError as error:
+        result["error"], result["type"] = str(error), type(error).__name__
+    finally:
+        context.close()
+    answer.write_text(json.dumps({**result, "notes": context.notes}))
+
+
+def work(environment: dict[str, str], request: Path) -> None:
+    """The child as torchrun starts it: one rank of several."""
+    from components.pretraining.worker import main
+
+    os.environ.update(environment)
+    raise SystemExit(main([str(request)]))
+
+
+def preload() -> None:
+    """Import what every child needs, in the fork server."""
+    import deepspeed  # type: ignore[import-untyped]  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+
+    import components.pretraining.trainer  # noqa: F401
+
+
+if (
+    multiprocessing.current_process().name == "MainProcess"
+    and os.environ.get("PRETRAIN_TESTS_PRELOAD") == "1"
+):
+    preload()
+
+
+@dataclass
+class Child:
+    """A run in its own process."""
+
+    process: ForkServerProcess
+    answer: Path
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def freeze_when(self, seen: Callable[[], bool]) -> None:
+        """Stop the process (SIGSTOP) at an instant at which ``seen()`` holds."""
+        until = time.monotonic() + _LIMIT_S
+        while time.monotonic() < until:
+            if not self.alive:
+                raise AssertionError(f"the run ended before the awaited instant: {self.end()}")
+            if seen():
+                self.signal(signal.SIGSTOP)
+                if seen():
+                    return
+                self.signal(signal.SIGCONT)
+            time.sleep(0.0005)
+        raise AssertionError("the awaited instant never came")
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self.signal(signal.SIGKILL)
+        self.process.join(_LIMIT_S)
+        assert self.process.exitcode == -signal.SIGKILL
+
+    def end(self) -> dict[str, Any]:
+        """Wait for the end; what the run answered."""
+        self.process.join(_LIMIT_S)
+        assert self.process.exitcode == 0, f"exit code {self.process.exitcode}"
+        result: dict[str, Any] = json.loads(self.answer.read_text())
+        return result
+
+
+class Children:
+    """Starts runs from a fork server that has everything imported."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._started: list[ForkServerProcess] = []
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
+        os.environ["PRETRAIN_TESTS_PRELOAD"] = "1"
+        try:
+            forkserver.ensure_running()  # imports in the background
+        finally:
+            del os.environ["PRETRAIN_TESTS_PRELOAD"]
+
+    def _fork(self, target: Callable[..., None], arguments: tuple[Any, ...]) -> ForkServerProcess:
+        process = self._context.Process(target=target, args=arguments)
+        process.start()
+        self._started.append(process)
+        return process
+
+    def start(self, tokens: Path, out: Path, config: dict[str, Any]) -> Child:
+        """Begin or resume a run in ``out``."""
+        self._count += 1
+        answer = self._folder / f"answer-{self._count}.json"
+        return Child(self._fork(train, (tokens, out, config, answer)), answer)
+
+    def run(self, tokens: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
+        """A run to its end."""
+        return self.start(tokens, out, config).end()
+
+    def start_rank(self, environment: Mapping[str, str], request: Path) -> ForkServerProcess:
+        """One rank of a run, with torchrun's environment."""
+        return self._fork(work, (dict(environment), request))
+
+    def close(self) -> None:
+        """End what a failed test left behind."""
+        for process in self._started:
+            if process.is_alive():
+                process.kill()
+                process.join()

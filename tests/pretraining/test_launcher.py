@@ -1,0 +1,140 @@
+"""Starting several processes: the commands, and two ranks that train like one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components.pretraining.config import PretrainConfig
+from components.pretraining.launcher import launch_command
+from tests.pretraining.children import Children
+from tests.pretraining.factory import BATCH, CONTEXT, run_config, stage_config
+from tests.pretraining.test_training import lines, logged, saved
+
+REQUEST = Path("/shared/request.json")
+STEPS = 2
+
+
+def several(processes: int, steps: int = STEPS, **values: Any) -> dict[str, Any]:
+    """Stages of a few steps; micro-batches such that every number of processes takes one micro-step."""
+    size = steps * BATCH * CONTEXT
+    return run_config(
+        stages=[
+            stage_config(tokens=size),
+            stage_config(tokens=size),
+            stage_config(tokens=size, context=2 * CONTEXT, sequences_per_step=BATCH // 2, rope_theta=1.5e6),
+        ],
+        sequences_per_micro_batch=BATCH // processes,
+        processes=processes,
+        log_every_steps=1,
+        load_balance_coef=0.1,
+        **values,
+    )
+
+
+def test_one_machine() -> None:
+    config = PretrainConfig.model_validate(several(2))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    worker = ["-m", "components.pretraining.worker", str(REQUEST)]
+    for environment in ({}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}):
+        assert launch_command(config, REQUEST, environment) == [*torchrun, *worker]
+
+
+def test_four_nodes_of_a_slurm_allocation() -> None:
+    config = PretrainConfig.model_validate(several(2, device="cpu"))
+    environment = {"SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_ID": "4711", "SLURMD_NODENAME": "gpu017"}
+    assert launch_command(config, REQUEST, environment) == [
+        *("srun", "--nodes=4", "--ntasks-per-node=1", "--kill-on-bad-exit=1"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+        *("--nnodes=4", "--rdzv_backend=c10d", "--rdzv_id=4711", "--rdzv_endpoint=gpu017:29500"),
+        *("-m", "components.pretraining.worker", str(REQUEST)),
+    ]
+
+
+def assert_same_losses(out: Path, one: Path) -> None:
+    """Training and held-out figures of two runs within 1e-5."""
+    found, wanted = lines(out), lines(one)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for row, expected in zip(found, wanted, strict=True):
+        for name, value in expected["metrics"].items():
+            if name.startswith(("train/", "heldout")):
+                assert row["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["step"], name)
+
+
+def write_request(out: Path, tokens: Path, config: dict[str, Any]) -> Path:
+    request = out / ".work" / "request.json"
+    request.parent.mkdir(parents=True)
+    values = {
+        "stage": "pretrain", "recipe": "tiny", "config": config, "inputs": {"tokenize": str(tokens)},
+        "out": str(out), "cache": str(out),
+    }  # fmt: skip
+    request.write_text(json.dumps(values))
+    return request
+
+
+def run_ranks(children: Children, request: Path, world: int) -> tuple[list[int | None], dict[str, Any]]:
+    """Start the workers as torchrun does; exit codes, and what the first rank wrote."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [
+        children.start_rank({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, request)
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.join(120)
+    answer: dict[str, Any] = json.loads((request.parent / "result.json").read_text())
+    return [process.exitcode for process in ranks], answer
+
+
+def test_two_ranks_train_like_one_process(tmp_path: Path, tokens: Path, children: Children) -> None:
+    """Pooled expert counts make even the load-balance loss of two ranks that of one."""
+    request = write_request(tmp_path / "two", tokens, several(2))
+    codes, answer = run_ranks(children, request, 2)
+    assert codes == [0, 0] and "error" not in answer
+    assert "Trained in fp32 on 2 x cpu." in answer["notes"]
+    assert saved(tmp_path / "two") == [5, 6]
+    children.run(tokens, tmp_path / "one", several(1))
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.campaign
+def test_torchrun_passes_signals_on_and_two_processes_train_like_one(
+    tmp_path: Path, tokens: Path, children: Children
+) -> None:
+    """Half a minute: two starts of torchrun."""
+    out, config = tmp_path / "two", several(2, steps=40)
+    child = children.start(tokens, out, config)
+    child.freeze_when(lambda: logged(out) >= 3)  # torchrun and its workers go on
+    child.signal(signal.SIGTERM)
+    child.signal(signal.SIGCONT)
+    answer = child.end()
+    assert "Stopped by SIGTERM at step" in answer["error"], answer
+    stopped = max(saved(out))
+    assert 3 <= stopped < 120
+    answer = children.run(tokens, out, config)
+    assert f"Resumed from the checkpoint of step {stopped}." in answer["notes"]
+    children.run(tokens, tmp_path / "one", several(1, steps=40))
+    found, wanted = (lines(folder)[-1]["metrics"] for folder in (out, tmp_path / "one"))
+    # Rounding differs from the first step on and grows with the steps.
+    assert found["heldout/bits_per_byte/overall"] == pytest.approx(
+        wanted["heldout/bits_per_byte/overall"], rel=1e-2
+    )
+    early = [row for row in lines(out) if row["step"] <= 3]
+    one = [row for row in lines(tmp_path / "one") if row["step"] <= 3]
+    for row, expected in zip(early, one, strict=True):
+        for name in expected["metrics"]:
+            if name.startswith(("train/", "heldout")):
+                assert row["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5, abs=1e-5)

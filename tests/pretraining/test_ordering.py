@@ -1,0 +1,197 @@
+"""Data order: a bijection, once per epoch, right on average, and the same for every number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from components.artifacts import StageError
+from components.pretraining.batches import BatchSource, accumulation_steps
+from components.pretraining.config import CATEGORIES, PretrainConfig
+from components.pretraining.curriculum import Curriculum
+from components.pretraining.ordering import SequenceOrder, effective_mixture, permute, philox
+from components.tokenization import TokenShards
+from tests.pretraining.factory import run_config, stage_config
+
+AVAILABLE = {"general": 1000, "maths": 333, "code": 64, "web_stem": 40, "chinese": 17, "sft": 129}
+
+
+@given(size=st.integers(1, 3000), keys=st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_permute_is_a_bijection(size: int, keys: list[int]) -> None:
+    image = permute(np.arange(size, dtype=np.int64), size, np.array(keys, dtype=np.uint64))
+    assert np.array_equal(np.sort(image), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 255, 256, 257, 1023, 1024, 1025, 4096, 4097])
+def test_permute_around_powers_of_two(size: int) -> None:
+    keys = philox(size).integers(0, 1 << 32, size=6, dtype=np.uint64)
+    image = permute(np.arange(size, dtype=np.int64), size, keys)
+    assert np.array_equal(np.sort(image), np.arange(size))
+    if size > 200:  # and it shuffles: few fixed points, no runs
+        assert (image == np.arange(size)).sum() < 10 and (np.diff(image) == 1).sum() < 10
+
+
+def test_permute_keeps_to_a_huge_range_and_does_not_collide() -> None:
+    size = 3_000_000_019  # windows of a 12-trillion-token corpus
+    keys = philox(1).integers(0, 1 << 32, size=6, dtype=np.uint64)
+    image = permute(np.arange(100_000, dtype=np.int64), size, keys)
+    assert image.min() >= 0 and image.max() < size and np.unique(image).size == image.size
+    assert 0.45 < image.mean() / size < 0.55
+
+
+def order_of(tokens: dict[str, int] = AVAILABLE, **values: Any) -> SequenceOrder:
+    config = PretrainConfig.model_validate(run_config(**values))
+    curriculum = Curriculum(config)
+    mixtures = tuple(effective_mixture(span, tokens, "renormalise")[0] for span in curriculum.spans)
+    return SequenceOrder(config.seed, curriculum, mixtures, tokens)
+
+
+def long_stages(steps: int, mixture: dict[str, float], batch: int = 8) -> list[dict[str, Any]]:
+    part = stage_config(tokens=steps * batch * 16, sequences_per_step=batch, mixture=mixture)
+    return [part, part, {**part, "context": 32, "tokens": 2 * part["tokens"]}]
+
+
+@pytest.mark.parametrize("left_over", [0, 11])
+def test_every_window_is_seen_once_per_epoch(left_over: int) -> None:
+    tokens = {"general": 16 * 36 + left_over}
+    order = order_of(tokens, stages=long_stages(48, {"general": 1.0}, batch=4))
+    # Stages 1 and 2 have equal context: one pass goes on through both, 9 steps an epoch.
+    starts = np.concatenate([order.step(step).start_B for step in range(90)]).reshape(10, 36)
+    for epoch in starts:
+        assert np.array_equal(np.diff(np.sort(epoch)), np.full(35, 16))
+        assert epoch.min() >= 0 and epoch.max() + 16 <= tokens["general"]
+    assert (len({int(epoch.min()) for epoch in starts}) > 3) == (left_over > 0)  # epochs shift
+    assert len({tuple(epoch.tolist()) for epoch in starts}) == 10  # and each has its own order
+
+
+def test_an_epoch_that_ends_within_a_step_repeats_no_window_early() -> None:
+    order = order_of({"general": 16 * 37}, stages=long_stages(48, {"general": 1.0}, batch=4))
+    seen: Counter[int] = Counter()
+    for step in range(96):
+        seen.update(order.step(step).start_B.tolist())
+        counts = [seen[16 * window] for window in range(37)]
+        assert sum(counts) == 4 * (step + 1) and max(counts) - min(counts) <= 1
+
+
+def test_a_single_window_is_repeated() -> None:
+    order = order_of({"general": 20}, stages=[stage_config(mixture={"general": 1.0})] * 3)
+    starts = np.concatenate([order.step(step).start_B for step in range(36)])
+    assert set(starts.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_a_step_is_the_same_whatever_was_asked_before() -> None:
+    order = order_of()
+    forward = [order.step(step) for step in range(36)]
+    random = np.random.default_rng(0)
+    for step in random.permutation(36).tolist():
+        for again in (order.step(step), order_of().step(step)):
+            assert np.array_equal(again.category_B, forward[step].category_B)
+            assert np.array_equal(again.start_B, forward[step].start_B)
+    other = [order_of(seed=12).step(step) for step in range(36)]
+    assert sum(a.describe() == b.describe() for a, b in zip(forward, other, strict=True)) == 0
+
+
+@given(
+    shares=st.lists(st.integers(0, 20), min_size=6, max_size=6).filter(any),
+    batch=st.sampled_from([1, 3, 8, 17]),
+    seed=st.integers(0, 2**63 - 1),
+)
+@settings(max_examples=40, deadline=None)
+def test_counts_per_category(shares: list[int], batch: int, seed: int) -> None:
+    mixture = {name: share / sum(shares) for name, share in zip(CATEGORIES, shares, strict=True)}
+    order = order_of(
+        dict.fromkeys(CATEGORIES, 500),
+        stages=long_stages(200, mixture, batch), seed=seed, sequences_per_micro_batch=1,
+    )  # fmt: skip
+    sums = np.zeros(len(CATEGORIES))
+    for step in range(200):
+        sequences = order.step(step)
+        counts = np.bincount(sequences.category_B, minlength=len(CATEGORIES))
+        assert counts.sum() == batch == len(sequences.start_B)
+        for category, name in enumerate(CATEGORIES):
+            assert abs(counts[category] - mixture[name] * batch) < 1 + 1e-9
+            assert mixture[name] > 0 or counts[category] == 0
+        sums += counts
+    for category, name in enumerate(CATEGORIES):
+        # Systematic sampling is unbiased, its variance at most 1/4 a step: within five standard errors.
+        assert abs(sums[category] / 200 - mixture[name] * batch) < 5 * math.sqrt(0.25 / 200)
+
+
+def test_whole_shares_are_met_exactly() -> None:
+    order = order_of(stages=long_stages(50, {"general": 0.5, "maths": 0.25, "sft": 0.25}))
+    for step in range(100):
+        assert np.bincount(order.step(step).category_B, minlength=6).tolist() == [4, 2, 0, 0, 0, 2]
+
+
+def test_starts_stay_inside_the_tokens() -> None:
+    order = order_of()
+    for step in range(36):
+        sequences = order.step(step)
+        context = 16 if step < 24 else 32
+        for category, start in zip(sequences.category_B.tolist(), sequences.start_B.tolist(), strict=True):
+            assert 0 <= start <= AVAILABLE[CATEGORIES[category]] - context
+    # chinese has one window of 16 and none of 32.
+    third = [order.step(step).category_B for step in range(24, 36)]
+    assert CATEGORIES.index("chinese") not in np.concatenate(third)
+
+
+def test_absent_categories() -> None:
+    span = Curriculum(PretrainConfig.model_validate(run_config())).spans[0]
+    lacking = {**AVAILABLE, "chinese": 15}
+    mixture, absent = effective_mixture(span, lacking, "renormalise")
+    assert (
+        absent == ["chinese"] and mixture["chinese"] == 0 and math.fsum(mixture.values()) == pytest.approx(1)
+    )
+    assert mixture["general"] / mixture["maths"] == pytest.approx(2)
+    with pytest.raises(StageError, match=r"stage1 wants.*\(16 tokens\) of: chinese 15.*absent_category"):
+        effective_mixture(span, lacking, "error")
+    with pytest.raises(StageError, match="None of the categories of stage1"):
+        effective_mixture(span, {}, "renormalise")
+
+
+def test_every_world_trains_on_the_same_rows(tokens: Path) -> None:
+    config = PretrainConfig.model_validate(run_config(sequences_per_micro_batch=2))
+    shards = TokenShards.open(tokens)
+    streams = {name: shards.shard("train", name) for name in shards.categories("train")}
+    source = BatchSource(config, streams, shards.eos_id)
+    for step in (0, 5, 23, 24, 35):
+        span = source.curriculum.at(step)
+        sequences = source.sequences(step)
+        wanted = source.read(sequences, span.spec.context).tolist()
+        for row, category, start in zip(wanted, sequences.category_B, sequences.start_B, strict=True):
+            assert (
+                row == shards.shard("train", CATEGORIES[category]).tokens[start : start + len(row)].tolist()
+            )
+        for world in (1, 2, 4):
+            ranks = [
+                BatchSource(config, streams, shards.eos_id).rank_batch(step, rank, world)
+                for rank in range(world)
+            ]
+            micro_steps = accumulation_steps(config, span.index, world)
+            assert [len(batches) for batches in ranks] == [micro_steps] * world
+            rows = [
+                row
+                for a in range(micro_steps)
+                for r in range(world)
+                for row in ranks[r][a].input_ids_BT.tolist()
+            ]
+            assert rows == wanted, (step, world)
+            categories = [
+                c for a in range(micro_steps) for r in range(world) for c in ranks[r][a].category_B.tolist()
+            ]
+            assert categories == sequences.category_B.tolist()
+
+
+def test_a_batch_that_cannot_be_cut_is_named() -> None:
+    config = PretrainConfig.model_validate(run_config())
+    assert accumulation_steps(config, 0, 2) == 1
+    with pytest.raises(StageError, match="stage1 is 8 sequences; with 3 processes and micro-batches of 4"):
+        accumulation_steps(config, 0, 3)

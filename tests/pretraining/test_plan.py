@@ -1,0 +1,126 @@
+"""The plan's figures, what a machine lacks, and the paper's values in the presets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from components.pretraining import plan as planning
+from components.pretraining.config import HardwarePart, PretrainConfig
+from components.pretraining.plan import describe, plan, preflight
+from components.pretraining.presets import (
+    PRESETS,
+    pretrain_config_4b,
+    pretrain_config_21b,
+    pretrain_config_smoke,
+)
+from components.pretraining.trainer import initial_model, model_config
+from tests.pretraining.factory import run_config
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(pretrain_config_4b(), "4,035,085,824"), (pretrain_config_21b(), "21,506,562,560")],
+)
+def test_described_parameters(config: PretrainConfig, parameters: str) -> None:
+    text = describe(config)
+    assert f"{config.model.preset}: {parameters} parameters" in text
+    assert "problem" not in text
+    for stage in ("stage1", "stage2", "stage3"):
+        assert f"  {stage}: " in text
+
+
+def test_the_count_is_that_of_a_real_model() -> None:
+    config = PretrainConfig.model_validate(run_config())
+    network = initial_model(config, model_config(config))
+    counted = plan(model_config(config), config)
+    assert counted.parameters == sum(parameter.numel() for parameter in network.parameters())
+    experts = sum(p.numel() for name, p in network.named_parameters() if "experts" in name)
+    tables = sum(p.numel() for name, p in network.named_parameters() if "embed" in name or "lm_head" in name)
+    assert experts > 0 and counted.active == counted.parameters - tables - experts // 2  # 2 of 4 experts act
+
+
+@pytest.mark.parametrize(
+    ("config", "horizon", "batch", "peak_lr", "context"),
+    [
+        (pretrain_config_4b(), 2.5e12, 1536, 3e-4, 32_768),
+        (pretrain_config_21b(), 7.2e12, 4352, 4.2e-4, 16_384),
+    ],
+)
+def test_values_of_the_paper(
+    config: PretrainConfig, horizon: float, batch: int, peak_lr: float, context: int
+) -> None:
+    assert sum(stage.tokens for stage in config.stages) == pytest.approx(horizon, abs=3)
+    assert [stage.sequences_per_step for stage in config.stages[:2]] == [batch, batch]
+    assert [stage.context for stage in config.stages] == [4096, 4096, context]
+    assert [stage.rope_theta for stage in config.stages] == [1e5, 1e5, 1.5e6]
+    part = config.optimizer
+    assert (part.peak_lr, part.final_lr_ratio, part.beta1, part.beta2, part.weight_decay) == (
+        peak_lr, 0.1, 0.9, 0.95, 0.1,
+    )  # fmt: skip
+    assert model_config(config).max_position_embeddings >= context
+    assert config.stages[2].mixture["sft"] > 0 == config.stages[0].mixture["sft"]
+
+
+def test_memory_that_cannot_fit_is_a_problem() -> None:
+    config = pretrain_config_21b()
+    small = HardwarePart(gpus=256, gpu_memory_gb=24.0)
+    assert plan(model_config(config), config).problems == ()
+    (problem,) = plan(model_config(config), config, small).problems
+    assert "GB per GPU are needed and 24 GB are there" in problem
+    text = describe(config.model_copy(update={"hardware": small}))
+    assert f"problem     {problem}" in text
+
+
+def test_a_mesh_that_cannot_cut_the_batch_is_a_problem() -> None:
+    config = pretrain_config_4b()
+    problems = plan(model_config(config), config, HardwarePart(gpus=56)).problems
+    assert [problem.partition(":")[0] for problem in problems] == ["stage1", "stage2", "stage3"]
+    assert "1536 sequences cannot be cut into micro-batches of 8 on 56 processes" in problems[0]
+
+
+def test_more_gpus_need_fewer_days_and_less_memory() -> None:
+    config = pretrain_config_21b()
+    few, many = (plan(model_config(config), config, HardwarePart(gpus=gpus)) for gpus in (64, 128))
+    assert few.days == pytest.approx(2 * many.days) and few.flops == many.flops
+    assert sum(few.memory_bytes.values()) > sum(many.memory_bytes.values())
+
+
+def test_preflight_names_missing_gpus() -> None:
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found >= 64:
+        pytest.skip("this machine has the GPUs")
+    problems = preflight(pretrain_config_4b())
+    assert f"needs 64 GPUs with 80 GB; found {found}" in problems[0]
+    assert preflight(pretrain_config_smoke()) == []
+
+
+def test_preflight_asks_for_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (problem,) = preflight(pretrain_config_smoke().model_copy(update={"device": "cuda"}))
+    assert "torch finds no CUDA device" in problem
+
+
+def test_preflight_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = planning.importlib.util.find_spec
+    monkeypatch.setattr(
+        planning.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else real(name)
+    )
+    (problem,) = preflight(pretrain_config_smoke())
+    assert "the Python package deepspeed is missing" in problem and "pip install" in problem
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = planning.main([name])
+    text = capsys.readouterr().out
+    assert ("preflight   nothing is missing" in text) == (code == 0) == (preflight(PRESETS[name]()) == [])
+    assert planning.main([name, "--deepspeed"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    processes = PRESETS[name]().hardware.gpus or 1
+    assert values["train_batch_size"] == (
+        values["train_micro_batch_size_per_gpu"] * values["gradient_accumulation_steps"] * processes
+    )

@@ -1,0 +1,115 @@
+"""The loss guard, losses in chunks, and the metrics file after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.artifacts import StageError
+from components.pretraining.progress import RunRecord, align_metrics
+from components.pretraining.telemetry import LossGuard, chunked_token_losses, token_losses
+
+
+def calm_guard(steps: int) -> LossGuard:
+    guard = LossGuard(1.5)
+    for step in range(steps):
+        guard.check(step, 2.0, 1.0, "")
+        guard.accept(2.0)
+    return guard
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "words"),
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (math.inf, None, "the loss is inf"),
+        (-math.inf, None, "the loss is -inf"),
+        (2.0, math.nan, "the gradient's norm is nan"),
+        (2.0, math.inf, "the gradient's norm is inf"),
+    ],
+)
+def test_values_that_are_not_finite(loss: float, norm: float | None, words: str) -> None:
+    for guard in (calm_guard(0), calm_guard(64)):
+        with pytest.raises(StageError) as caught:
+            guard.check(41, loss, norm, "maths@128, code@7")
+        message = str(caught.value)
+        assert f"step 41: {words}." in message and message.endswith("maths@128, code@7")
+
+
+def test_spikes_are_judged_by_the_recent_median() -> None:
+    with pytest.raises(
+        StageError, match=r"step 7: the loss jumped to 3\.001, more than 1\.5 times .* of 2\."
+    ):
+        calm_guard(32).check(7, 3.001, None, "")
+    calm_guard(32).check(7, 3.0, None, "")  # at the ratio: allowed
+    calm_guard(31).check(7, 1e9, None, "")  # too few losses to judge
+    guard = calm_guard(64)
+    guard.accept(100.0)  # one outlier does not move the median
+    with pytest.raises(StageError):
+        guard.check(66, 3.001, None, "")
+    for _ in range(200):
+        guard.accept(10.0)
+    guard.check(300, 14.9, None, "")
+    assert len(guard.recent) == 64  # what a checkpoint holds stays small
+    resumed = LossGuard(1.5)
+    resumed.load(guard.recent)
+    with pytest.raises(StageError):
+        resumed.check(300, 15.1, None, "")
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 14, 1000])
+def test_losses_in_chunks_equal_losses_at_once(chunk: int) -> None:
+    torch.manual_seed(0)
+    x_BTD = torch.randn(2, 8, 6, requires_grad=True)
+    head_VD = torch.randn(11, 6, requires_grad=True)
+    labels_BT = torch.randint(0, 11, (2, 8))
+    at_once = token_losses(x_BTD @ head_VD.T, labels_BT)
+    in_chunks = chunked_token_losses(x_BTD, head_VD, labels_BT, chunk)
+    torch.testing.assert_close(in_chunks, at_once)
+    weights = torch.randn_like(at_once)
+    wanted = torch.autograd.grad((at_once * weights).sum(), (x_BTD, head_VD))
+    found = torch.autograd.grad((in_chunks * weights).sum(), (x_BTD, head_VD))
+    for one, other in zip(wanted, found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_metrics_file_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    def line(step: int, **metrics: float) -> str:
+        return json.dumps({"step": step, "time_s": float(step), "metrics": metrics})
+
+    def train(step: int) -> str:
+        return line(step, **{"train/ce": step / 10})
+
+    def entry(step: int, value: float) -> dict[str, Any]:
+        return {"step": step, "bits_per_byte": {"overall": value}}
+
+    record = RunRecord(tmp_path)
+    for name, value in (
+        ("stage1:start", entry(0, 5.0)), ("bigram", {}), ("stage1:end", entry(6, 4.0)), ("stage2:start", entry(6, 4.5)),
+    ):  # fmt: skip
+        record.put(name, value)
+    start = line(0, **{"heldout_start/bits_per_byte/overall": 5.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "\n".join([start, train(3), train(6), train(6), train(9), train(7)[:20], "[]", '"x"', ""])
+    )
+    align_metrics(path, 6, record)
+    rows = [json.loads(row) for row in path.read_text().splitlines()]
+    assert [(row["step"], *row["metrics"].items()) for row in rows] == [
+        (0, ("heldout_start/bits_per_byte/overall", 5.0)),
+        (3, ("train/ce", 0.3)),
+        (6, ("train/ce", 0.6)),
+        # Recorded and not yet logged when the crash came: written now, the end before the next start.
+        (6, ("heldout/bits_per_byte/overall", 4.0)),
+        (6, ("heldout_start/bits_per_byte/overall", 4.5)),
+    ]
+    assert rows[0]["time_s"] == 0.0 and rows[1]["time_s"] == 3.0  # old moments are kept
+    align_metrics(path, 3, record)
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [0, 3]
+    record.forget_after(3)
+    assert sorted(record.values) == ["bigram", "stage1:start"]
