@@ -23,7 +23,6 @@ from components.pretraining.config import PretrainConfig
 from components.synthesis.config import MgaConfig, PersonaConfig, SynthesizeConfig, TaskConfig, TeacherConfig
 from components.tokenization.config import TokenizeConfig
 
-
 _FREE_FIELDS = ("overrides", "documents", "generated_rows")  # mappings whose keys are the user's
 _LONGEST_VALUE = 60
 

@@ -22,7 +22,7 @@ _FINISHING = {"general": 0.22, "maths": 0.20, "code": 0.16, "web_stem": 0.17, "c
 
 
 def pretrain_config_nano() -> PretrainConfig:
-    """Nano: three and a half million tokens in some six minutes of one CPU core. All values [ours], tuned for that time."""
+    """Nano: 3.5 million tokens in some six minutes of one CPU core. All values [ours], tuned for that time."""
     return PretrainConfig()
 
 

@@ -120,7 +120,13 @@ def _engine_server(config: TeacherConfig, port: int, scratch: Path) -> ServerPro
     if not model.is_file():
         raise StageError(f"teacher.engine_model = {config.engine_model!r} is not a file")
     options = {"--port": port, "--threads": config.threads, "--queue": max(8, config.concurrency)}
-    command = [sys.executable, "-m", "runtime_cpu.serve", str(model), *(str(x) for o in options.items() for x in o)]
+    command = [
+        sys.executable,
+        "-m",
+        "runtime_cpu.serve",
+        str(model),
+        *(str(x) for o in options.items() for x in o),
+    ]
     ready = f"http://127.0.0.1:{port}/health"
     return ServerProcess("the engine as teacher", command, {}, scratch, ready)
 

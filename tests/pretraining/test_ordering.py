@@ -104,7 +104,7 @@ def test_a_step_is_the_same_whatever_was_asked_before() -> None:
     batch=st.sampled_from([1, 3, 8, 17]),
     seed=st.integers(0, 2**63 - 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_counts_per_category(shares: list[int], batch: int, seed: int) -> None:
     mixture = {name: share / sum(shares) for name, share in zip(CATEGORIES, shares, strict=True)}
     order = order_of(
