@@ -10,9 +10,14 @@ port=${port%%/*}
 server=
 worker=
 stop() {
-    [ -z "$worker" ] || kill "$worker" 2>/dev/null || true
-    [ -z "$server" ] || kill "$server" 2>/dev/null || true
-    wait
+    trap '' INT TERM
+    for signal in TERM KILL; do # a worker in the middle of something takes its time
+        for process in $worker $server; do kill -"$signal" "$process" 2>/dev/null || true; done
+        for _ in $(seq 20); do
+            [ -n "$(jobs -rp)" ] || return 0
+            sleep 0.5
+        done
+    done
 }
 trap stop EXIT
 trap 'exit 0' INT TERM
