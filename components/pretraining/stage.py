@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,9 +65,6 @@ def run(context: StageContext) -> dict[str, float]:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
     """
     config = parse_config(context.config)
-    # Read by the OpenMP runtime when torch is loaded. Spinning threads cost ten times the work when another process
-    # wants the cores too; on idle ones sleeping threads cost nothing measurable.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if config.processes > 1 or config.hardware.gpus > 1:
         from components.pretraining.launcher import train_under_torchrun
 
