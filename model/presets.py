@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from model.configuration import ConfigError, SmallThinkerConfig
@@ -90,7 +91,9 @@ def preset(name: str, **overrides: Any) -> SmallThinkerConfig:
     """
     if name not in PRESETS:
         raise ConfigError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-    known = SmallThinkerConfig.default_config_fields() | SmallThinkerConfig.attribute_map
+    known = {field.name for field in dataclasses.fields(SmallThinkerConfig)} | set(
+        SmallThinkerConfig.attribute_map
+    )
     for key in overrides:
         if key not in known and key != "torch_dtype":
             raise ConfigError(

@@ -128,6 +128,7 @@ def test_presets() -> None:
     assert large.rope_layout == [0, 1, 1, 1] * 13 == large.sliding_window_layout
     assert hybrid.rope_layout == [0, 1, 1, 1] * 8 and hybrid.hidden_size == small.hidden_size
     assert preset("nano", vocab_size=512).vocab_size == 512
+    assert preset("nano", rope_layout=[1] * 4, eos_token_id=3).rope_layout == [1] * 4
     with pytest.raises(ConfigError, match="nano, 4b"):
         preset("7b")
     with pytest.raises(ConfigError, match="hiden_size"):
