@@ -174,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.plain:
             run_pipeline(request)
         else:
-            os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR")
+            # The runner says what happens; Prefect's own lines would say it again.
+            os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+            os.environ.setdefault("PREFECT_LOGGING_TO_API_ENABLED", "false")
             from flows.deployments import run_as_flow
 
             run_as_flow(request)

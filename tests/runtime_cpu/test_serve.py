@@ -432,8 +432,8 @@ def open_stream(server: Server, **fields: Any) -> socket.socket:
     body = json.dumps(chat_body(stream=True, **fields)).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
-        + body
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
     )
     received = b""
     while b"data: " not in received:
