@@ -6,21 +6,18 @@ REQUEST is JSON; the result goes to the inherited pipe RESULT_FD, which works on
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import importlib
 import json
 import os
 import shutil
-import signal
 import sys
 import traceback
 from pathlib import Path
 
-from components.artifacts import ArtifactError, StageContext, StageError
+from components.artifacts import ArtifactError, StageContext, StageError, die_with_parent
 
 EXIT_USER_ERROR = 3
-_PR_SET_PDEATHSIG = 1
 
 
 def _describe_os_error(error: OSError, context: StageContext) -> str | None:
@@ -43,15 +40,9 @@ def _caused_by_os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _die_with_the_runner() -> None:
-    """Ask the kernel (Linux) to kill this process when the runner dies, so that no stage works on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main(request_text: str, result_descriptor: int) -> int:
     """Run the stage described in the request and write its result to the pipe."""
-    _die_with_the_runner()
+    die_with_parent()
     # Read when OpenMP is loaded. Spinning threads cost five times the work when another process wants the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     request = json.loads(request_text)

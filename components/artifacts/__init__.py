@@ -14,6 +14,7 @@ from components.artifacts.manifest import (
     write_atomically,
     write_json,
 )
+from components.artifacts.processes import die_with_parent
 from components.artifacts.stage import METRICS_NAME, StageContext, StageError
 from components.artifacts.store import ArtifactStore, Identity, flatten
 
@@ -29,6 +30,7 @@ __all__ = [
     "StageContext",
     "StageError",
     "canonical_json",
+    "die_with_parent",
     "fingerprint",
     "flatten",
     "read_manifest",

@@ -41,7 +41,7 @@ from components.curation.units import (
     Plan,
     Unit,
     UnitPipeline,
-    die_with_parent,
+    end_with_parent,
     minhash_config,
 )
 from components.sources import SourceUnavailable, fetch, load_catalogue
@@ -155,7 +155,7 @@ def _workspace(context: StageContext, config: CurateConfig, units: list[Unit]) -
 
 
 def _start_worker() -> None:
-    die_with_parent()
+    end_with_parent()
     logger.remove()
 
 

@@ -6,13 +6,10 @@ output appears whole or not at all: a folder per unit, renamed into place.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import multiprocessing
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,7 @@ from datatrove.pipeline.extractors import Trafilatura  # type: ignore[import-unt
 from datatrove.pipeline.readers import HuggingFaceDatasetReader, ParquetReader  # type: ignore[import-untyped]
 from datatrove.pipeline.writers import JsonlWriter  # type: ignore[import-untyped]
 
-from components.artifacts import write_json
+from components.artifacts import die_with_parent, write_json
 from components.curation.config import Category, CorpusSource, CurateConfig, HubSource, PolicyName
 from components.curation.corpora import CORPORA, spread
 from components.curation.decontamination import OverlapFilter
@@ -36,16 +33,12 @@ from components.curation.quality import QualityFilter
 DOCUMENTS_NAME = "00000.jsonl"
 SIGNATURES_NAME = "signatures"
 FUNNEL_NAME = "funnel.json"
-_PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent dies, and end it when that has happened already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent() -> None:
+    """End this worker of a pool with the process that started it, even if that is gone already."""
     parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)
+    die_with_parent(None if parent is None else parent.pid)
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ class PageExtractor(Trafilatura):  # type: ignore[misc]
 
     def extract(self, text: str) -> str | None:
         """The main text of an HTML page, or none."""
-        die_with_parent()
+        end_with_parent()
         result: str | None = super().extract(text)
         return result
 

@@ -7,7 +7,6 @@ which all nodes must see.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,18 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from components.artifacts import StageContext, StageError, write_json
+from components.artifacts import StageContext, StageError, die_with_parent, write_json
 from components.pretraining.config import PretrainConfig
 
 REQUEST_NAME, RESULT_NAME = "request.json", "result.json"
 _PROJECT = Path(__file__).resolve().parent.parent.parent
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies: no worker trains on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def launch_command(config: PretrainConfig, request: Path, environment: Mapping[str, str]) -> list[str]:

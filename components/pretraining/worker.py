@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import StageContext, StageError, write_json
-from components.pretraining.launcher import REQUEST_NAME, RESULT_NAME, die_with_parent
+from components.artifacts import StageContext, StageError, die_with_parent, write_json
+from components.pretraining.launcher import REQUEST_NAME, RESULT_NAME
 
 EXIT_USER_ERROR = 3
 _GRACE_S = 10.0
