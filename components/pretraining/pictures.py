@@ -56,13 +56,13 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
         for span in curriculum.spans[1:]:
             axes.axvline(span.start, color="grey", linewidth=0.8, linestyle="--")
     for span in curriculum.spans:
-        label = f"{span.name}: context {span.spec.context}, RoPE base {span.spec.rope_theta:g}"
+        label = f"{span.name}\ncontext {span.spec.context}, RoPE base {span.spec.rope_theta:.2g}"
         upper.annotate(
             label,
             ((span.start + span.end) / 2, 1.01),
             xycoords=("data", "axes fraction"),
             ha="center",
-            fontsize=7.5,
+            fontsize=6.5,
         )
     _save(figure, out)
 

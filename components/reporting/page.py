@@ -30,6 +30,18 @@ _TITLES = {
 }
 
 
+_FIRST_DEVICE_COLUMNS = (
+    "device",
+    "file",
+    "threads",
+    "decode_tokens_per_s",
+    "prompt_tokens_per_s",
+    "first_token_s",
+    "peak_memory_bytes",
+    "perplexity",
+)
+
+
 def write_report(recipe: str, artefacts: Sequence[tuple[Path, Manifest]], path: Path) -> Path:
     """Write the page for the finished artefacts of one recipe, in pipeline order; returns ``path``."""
     environment = Environment(
@@ -101,7 +113,8 @@ def _device_rows(by_stage: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     if not bench:
         return []
     rows: list[dict[str, Any]] = bench.get("devices", bench.get("rows", []))
-    return rows
+    first = [name for name in _FIRST_DEVICE_COLUMNS if rows and name in rows[0]]
+    return [{name: row.get(name) for name in dict.fromkeys([*first, *row])} for row in rows]
 
 
 def _number(value: object) -> str:
