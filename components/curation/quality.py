@@ -8,7 +8,6 @@ classes are easy to tell apart: the score finds junk, it does not grade good pro
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -29,7 +28,7 @@ _BOILERPLATE = re.compile(
 _BOILERPLATE_TAGS = ("nav", "footer", "header", "aside", "form", "button")
 _LEAST_EXAMPLES = 20
 _EXAMPLE_CHARS = 1_500
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_PERTURB = -6  # malloc.h
 
 
 def classifier_form(text: str, language: str) -> str:
@@ -131,12 +130,18 @@ def train_reliably(train_supervised: Any, path: Path, **options: Any) -> Any:
     """Train fastText, the same bytes for the same text on every glibc: one thread, and memory that starts as zeros.
 
     With one thread fastText fills only the first tenth of its input matrix (``DenseMatrix::uniform``, 0.9.3) and leaves
-    the rest as the allocator gave it, which ends in NaN now and then. Above the mmap threshold set here glibc hands out
-    fresh pages, which are zero. With more threads training races.
+    the rest as the allocator gave it, which ends in NaN now and then. ``M_PERTURB`` makes glibc fill what it hands out
+    with the complement of the byte given. With more threads training races.
     """
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    return train_supervised(input=str(path), thread=1, verbose=0, **options)
+    try:
+        fill = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return train_supervised(input=str(path), thread=1, verbose=0, **options)
+    fill(_M_PERTURB, 0xFF)
+    try:
+        return train_supervised(input=str(path), thread=1, verbose=0, **options)
+    finally:
+        fill(_M_PERTURB, 0)
 
 
 def _best(model: Any, text: str) -> str:
