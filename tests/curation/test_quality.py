@@ -16,7 +16,7 @@ def dirty_heap() -> list[int]:
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: everything from the heap
+    assert libc.mallopt(-3, 1 << 24)  # M_MMAP_THRESHOLD: the chunks come from the heap
     chunks = [libc.malloc(size) for _ in range(8) for size in (2_200_000, 64)]
     for chunk in chunks[::2]:
         ctypes.memset(chunk, 0xFF, 2_200_000)
