@@ -67,7 +67,8 @@ def test_chunked_cross_entropy_equals_torchs(
     expected = expected / (targets != -100).sum().clamp(min=1)
     (3.0 * expected).backward()
     assert torch.allclose(loss, expected, atol=1e-5)
-    assert torch.allclose(logits.grad.float(), reference.grad, atol=2e-2 if low else 1e-6)
+    # Where p is almost 1, p - 1 is rounded: 3e-6 is the worst of 6,000 cases in float32.
+    assert torch.allclose(logits.grad.float(), reference.grad, atol=2e-2 if low else 1e-5)
 
 
 def test_labels_all_ignored_give_zero() -> None:
