@@ -510,6 +510,8 @@ def test_a_cancel_storm_leaves_others_alone(server: Server, client: openai.OpenA
             with contextlib.suppress(AssertionError):  # refused: the queue was full
                 open_stream(server, **never_stopping()).close()
         assert [future.result() for future in asking] == [expected] * 4
+    # Every place of those who left is free again, however late the server heard of it.
+    wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0)
 
 
 def test_a_slow_reader_does_not_hold_the_engine(server: Server) -> None:
