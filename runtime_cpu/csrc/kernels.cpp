@@ -13,6 +13,10 @@ std::vector<const Kernels*> available_kernels() {
       Kernels table = avx2_table();
       table.name = "avx512";
       table.matmul = avx512_matmul;
+      table.packed = true;
+      table.split_planes = avx512_split_planes;
+      table.tiles = avx512_tiles;
+      table.neurons = avx512_neurons;
       return table;
     }();
     if (has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&

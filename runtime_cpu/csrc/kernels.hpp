@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "packed.hpp"
 #include "tensor.hpp"
 
 namespace smallthinker {
@@ -33,7 +34,7 @@ struct Kernels {
   void (*matmul)(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
                  const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 
-  // q = round(x / scale), scale = max|x| / 32767 per block of 32; `size` is a multiple of 32.
+  // q = round(x / scale), scale = max|x| / kActivationSteps per block of 32; `size` is a multiple of 32.
   void (*quantise)(const float* x, std::int64_t size, std::int16_t* q, float* scales);
 
   // out = weight * (x / sqrt(mean(x^2) + epsilon)); returns nothing; out may be x.
@@ -56,12 +57,36 @@ struct Kernels {
   void (*scale)(float* x, std::int64_t size, float factor);                       // x *= factor
   void (*add_scaled)(float* x, const float* y, std::int64_t size, float factor);  // x += factor * y
   void (*to_half)(const float* x, std::int64_t size, std::uint16_t* out);
+
+  // The packed layouts (packed.hpp); `packed` says that these are faster than `matmul` on stock rows.
+  bool packed;
+  void (*split_planes)(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
+  // out[t * out_stride + (r - 16 * tile_begin)] for the rows of tiles [tile_begin, tile_end), as matmul.
+  void (*tiles)(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+  // One token, neuron groups [group_begin, group_end) of one expert: out[padded] += sum over the neurons n
+  // with gate[n] > 0 of gate[n] * dot(up n, x) * (down column n); gate[0] is of the first group's first
+  // neuron. Weights of other neurons are not read. Returns how many were active.
+  std::int64_t (*neurons)(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                          std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
+                          float* out);
 };
 
 const Kernels& reference_table();
+void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                     const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                               std::int64_t group_end, const float* gate, const Activations& x,
+                               std::int64_t token, float* out);
 #if defined(SMALLTHINKER_X86)
 const Kernels& avx2_table();
-// The AVX-512 table is AVX2's with this product of matrices (needs F, BW, DQ, VL and VNNI).
+// The AVX-512 table is AVX2's with these (needs F, BW, DQ, VL and VNNI).
+void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
+void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                  const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                            std::int64_t group_end, const float* gate, const Activations& x,
+                            std::int64_t token, float* out);
 void avx512_matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
                    const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 #endif

@@ -253,9 +253,9 @@ void quantise(const float* x, std::int64_t size, std::int16_t* q, float* scales)
     top = _mm_max_ps(top, _mm_movehl_ps(top, top));
     top = _mm_max_ss(top, _mm_shuffle_ps(top, top, 1));
     const float peak = _mm_cvtss_f32(top);
-    const float scale = peak / 32767.0F;
+    const float scale = peak / kActivationSteps;
     scales[start / kActivationBlock] = scale;
-    const __m256 inverse = _mm256_set1_ps(scale >= __FLT_MIN__ ? 32767.0F / peak : 0.0F);
+    const __m256 inverse = _mm256_set1_ps(scale >= __FLT_MIN__ ? kActivationSteps / peak : 0.0F);
     for (int i = 0; i < 4; i += 2) {
       const __m256i first = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
       const __m256i second = _mm256_cvtps_epi32(_mm256_mul_ps(v[i + 1], inverse));
@@ -456,9 +456,10 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 }  // namespace
 
 const Kernels& avx2_table() {
-  static constexpr Kernels kTable = {"avx2", matmul,           quantise, rms_norm,
-                                     rotate, attention_scores, exp_sum,  attention_values,
-                                     scale,  add_scaled,       to_half};
+  static constexpr Kernels kTable = {"avx2",       matmul,           quantise,         rms_norm,
+                                     rotate,       attention_scores, exp_sum,          attention_values,
+                                     scale,        add_scaled,       to_half,          false,
+                                     split_planes, reference_tiles,  reference_neurons};
   return kTable;
 }
 

@@ -71,8 +71,8 @@ void quantise(const float* x, std::int64_t size, std::int16_t* q, float* scales)
       std::fill_n(q + start, kActivationBlock, std::int16_t{1});
       continue;
     }
-    const float scale = greatest / 32767.0F;
-    const float inverse = scale >= std::numeric_limits<float>::min() ? 32767.0F / greatest : 0.0F;
+    const float scale = greatest / kActivationSteps;
+    const float inverse = scale >= std::numeric_limits<float>::min() ? kActivationSteps / greatest : 0.0F;
     scales[start / kActivationBlock] = scale;
     for (std::int64_t i = 0; i < kActivationBlock; ++i) {
       q[start + i] = static_cast<std::int16_t>(std::nearbyint(x[start + i] * inverse));
@@ -154,6 +154,46 @@ void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
 
 }  // namespace
 
+void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                     const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
+  std::vector<float> weights(static_cast<std::size_t>(matrix.cols));
+  for (std::int64_t r = tile_begin * kTileRows; r < std::min(tile_end * kTileRows, matrix.rows); ++r) {
+    unpack_tile_row(matrix, r, weights.data());
+    for (std::int64_t t = 0; t < tokens; ++t) {
+      const float* row = x.f32_row(t);
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < matrix.cols; ++i) {
+        sum += static_cast<double>(weights[static_cast<std::size_t>(i)]) * static_cast<double>(row[i]);
+      }
+      out[t * out_stride + (r - tile_begin * kTileRows)] = static_cast<float>(sum);
+    }
+  }
+}
+
+std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                               std::int64_t group_end, const float* gate, const Activations& x,
+                               std::int64_t token, float* out) {
+  std::vector<float> up(static_cast<std::size_t>(shape.hidden));
+  std::vector<float> down(static_cast<std::size_t>(shape.hidden));
+  std::vector<double> sums(static_cast<std::size_t>(shape.hidden), 0.0);
+  const float* row = x.f32_row(token);
+  std::int64_t active = 0;
+  for (std::int64_t n = group_begin * kNeuronGroup; n < group_end * kNeuronGroup; ++n) {
+    const float open = gate[n - group_begin * kNeuronGroup];
+    if (!(open > 0.0F)) continue;
+    ++active;
+    unpack_neuron(shape, expert, n, up.data(), down.data());
+    double product = 0.0;
+    for (std::size_t i = 0; i < up.size(); ++i)
+      product += static_cast<double>(up[i]) * static_cast<double>(row[i]);
+    const float hidden = open * static_cast<float>(product);
+    for (std::size_t i = 0; i < down.size(); ++i)
+      sums[i] += static_cast<double>(hidden) * static_cast<double>(down[i]);
+  }
+  for (std::size_t i = 0; i < sums.size(); ++i) out[i] += static_cast<float>(sums[i]);
+  return active;
+}
+
 void dequantise(Type type, const std::byte* data, std::int64_t size, float* out) {
   const TypeTraits& traits = traits_of(type);
   for (std::int64_t start = 0; start < size; start += traits.block, data += traits.block_bytes) {
@@ -181,9 +221,10 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
 }
 
 const Kernels& reference_table() {
-  static constexpr Kernels kTable = {"reference", matmul,           quantise, rms_norm,
-                                     rotate,      attention_scores, exp_sum,  attention_values,
-                                     scale,       add_scaled,       to_half};
+  static constexpr Kernels kTable = {"reference",  matmul,           quantise,         rms_norm,
+                                     rotate,       attention_scores, exp_sum,          attention_values,
+                                     scale,        add_scaled,       to_half,          false,
+                                     split_planes, reference_tiles,  reference_neurons};
   return kTable;
 }
 

@@ -80,8 +80,9 @@ inline Matrix make_matrix(const std::byte* data, Type type, std::int64_t cols, s
 }
 
 inline constexpr std::int64_t kActivationBlock = 32;
+inline constexpr float kActivationSteps = 32512.0F;  // 127 * 256: the upper of two bytes fits a signed one
 
-// Rows of activations, in fp32 and as 16-bit integers with one scale per 32: x = scale * q, |q| <= 32767.
+// Rows of activations, in fp32 and as 16-bit integers with one scale per 32: x = scale * q, |q| <= 32512.
 // 16 bits and not llama.cpp's 8: the products still fit 32-bit lanes, and the rounding (3e-5 of a block's
 // greatest value) is 256 times finer, so a near-tie between experts is not flipped by it.
 struct Activations {
@@ -90,6 +91,8 @@ struct Activations {
   const float* scales = nullptr;        // [rows][stride / 32]
   std::int64_t stride = 0;              // elements; a multiple of 32
   const std::int32_t* index = nullptr;  // token i reads row index[i]; none: row i
+  const std::byte* planes = nullptr;    // [rows][plane_bytes], the form of packed.hpp
+  std::size_t plane_bytes = 0;
 
   SMALLTHINKER_INLINE std::int64_t at(std::int64_t token) const {
     return index != nullptr ? index[token] : token;
@@ -98,6 +101,9 @@ struct Activations {
   SMALLTHINKER_INLINE const std::int16_t* q_row(std::int64_t token) const { return q + at(token) * stride; }
   SMALLTHINKER_INLINE const float* scale_row(std::int64_t token) const {
     return scales + at(token) * (stride / kActivationBlock);
+  }
+  SMALLTHINKER_INLINE const std::byte* plane_row(std::int64_t token) const {
+    return planes + static_cast<std::size_t>(at(token)) * plane_bytes;
   }
 };
 

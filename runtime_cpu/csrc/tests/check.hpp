@@ -16,6 +16,7 @@
 
 void test_half();
 void test_kernels();
+void test_packed();
 void test_thread_pool();
 void test_reader();
 void test_reader_fuzz(unsigned long cases, unsigned long seed);

@@ -123,7 +123,7 @@ void test_quantise(const Kernels& kernels, RandomStream& random) {
       for (std::size_t j = 0; j < 32; ++j) {
         const double back = static_cast<double>(q[32 * i + j]) * static_cast<double>(scales[i]);
         const double error = std::fabs(back - static_cast<double>(x[32 * i + j]));
-        CHECK(error <= 0.502 * static_cast<double>(scales[i]) + 32767.0 * 1.2e-38, "%s quantise error",
+        CHECK(error <= 0.502 * static_cast<double>(scales[i]) + 32512.0 * 1.2e-38, "%s quantise error",
               kernels.name);
       }
     }

@@ -31,6 +31,7 @@ int main(int argc, char** argv) {
   };
   if (runs("half")) test_half();
   if (runs("kernels")) test_kernels();
+  if (runs("packed")) test_packed();
   if (runs("pool")) test_thread_pool();
   if (runs("sampler")) test_sampler();
   if (runs("reader")) test_reader();

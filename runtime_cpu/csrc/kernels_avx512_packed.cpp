@@ -1,0 +1,288 @@
+// AVX-512 VNNI on the packed layouts. A 16-bit activation is 256 * high + low, so the unsigned nibbles meet
+// both bytes with vpdpbusd and every product within a block stays an exact integer.
+#include <immintrin.h>
+
+#include <limits>
+
+#include "kernels.hpp"
+
+namespace smallthinker {
+namespace {
+
+constexpr int kAhead = 12;           // neurons whose weights are on their way into the second cache
+constexpr std::int64_t kBatch = 16;  // groups whose active neurons are listed together
+
+SMALLTHINKER_INLINE __m512i load512(const void* from) { return _mm512_loadu_si512(from); }
+
+SMALLTHINKER_INLINE __m512 load_halves(const std::byte* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+SMALLTHINKER_INLINE __m512i low_nibbles(__m512i bytes) {
+  return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+}
+
+SMALLTHINKER_INLINE __m512i high_nibbles(__m512i bytes) {
+  return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+}
+
+SMALLTHINKER_INLINE __m512i word(const std::int8_t* from) {
+  return _mm512_set1_epi32(load<std::int32_t>(reinterpret_cast<const std::byte*>(from)));
+}
+
+SMALLTHINKER_INLINE __m512 join(__m512i low, __m512i high) {
+  return _mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8)));
+}
+
+template <int N>
+void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+  const std::int64_t pairs = matrix.pairs();
+  Planes planes[N];
+  for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
+  const std::byte* pair = matrix.data + static_cast<std::size_t>(tile_begin) * matrix.tile_bytes();
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    __m512 sums[N];
+    for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
+    for (std::int64_t p = 0; p < pairs; ++p, pair += kTilePairBytes) {
+      for (std::int64_t z = 0; z < 2; ++z) {
+        const std::int64_t b = 2 * p + z;
+        __m512i low[N];
+        __m512i high[N];
+        for (int n = 0; n < N; ++n) {
+          low[n] = _mm512_set1_epi32(planes[n].offsets()[b]);
+          high[n] = _mm512_setzero_si512();
+        }
+        for (int j = 0; j < 4; ++j) {
+          const __m512i bytes = load512(pair + z * 256 + j * 64);
+          const __m512i first = low_nibbles(bytes);
+          const __m512i second = high_nibbles(bytes);
+          for (int n = 0; n < N; ++n) {
+            const std::int8_t* at = planes[n].natural() + b * 64 + j * 4;
+            high[n] = _mm512_dpbusd_epi32(high[n], first, word(at));
+            high[n] = _mm512_dpbusd_epi32(high[n], second, word(at + 16));
+            low[n] = _mm512_dpbusd_epi32(low[n], first, word(at + 32));
+            low[n] = _mm512_dpbusd_epi32(low[n], second, word(at + 48));
+          }
+        }
+        const __m512 scales = load_halves(pair + 512 + z * 32);
+        for (int n = 0; n < N; ++n) {
+          const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(planes[n].scales()[b]), scales);
+          sums[n] = _mm512_fmadd_ps(join(low[n], high[n]), scale, sums[n]);
+        }
+      }
+    }
+    const std::int64_t left = matrix.rows - tile * kTileRows;
+    const auto mask = static_cast<__mmask16>(left >= kTileRows ? 0xFFFF : (1 << left) - 1);
+    for (int n = 0; n < N; ++n) {
+      _mm512_mask_storeu_ps(out + (token + n) * out_stride + (tile - tile_begin) * kTileRows, mask, sums[n]);
+    }
+  }
+}
+
+SMALLTHINKER_INLINE void prefetch_neuron(const ExpertShape& shape, const std::byte* group, std::int64_t n) {
+  const std::byte* at = group + shape.up_nibbles(n);
+  const std::size_t bytes = 2 * shape.half_bytes();
+  for (std::size_t i = 0; i < bytes; i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
+  const std::byte* scales = group + shape.up_scales(n);
+  const std::size_t scale_bytes = shape.scales_bytes() / kNeuronGroup;
+  for (std::size_t i = 0; i < scale_bytes; i += 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(scales + i), _MM_HINT_T1);
+  }
+}
+
+// Dot products of R up rows with x.
+template <int R>
+SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* const* groups,
+                                 const std::int32_t* ids, const Planes& x, float* out) {
+  __m512 sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = _mm512_setzero_ps();
+  for (std::int64_t run = 0; run < shape.runs(); ++run) {
+    const std::int8_t* values = x.transposed() + run * 1024;
+    __m512i low[R];
+    __m512i high[R];
+    for (int r = 0; r < R; ++r) {
+      low[r] = load512(x.offsets() + run * 16);
+      high[r] = _mm512_setzero_si512();
+    }
+    for (int j = 0; j < 4; ++j) {
+      const __m512i first_high = load512(values + j * 64);
+      const __m512i second_high = load512(values + (4 + j) * 64);
+      const __m512i first_low = load512(values + (8 + j) * 64);
+      const __m512i second_low = load512(values + (12 + j) * 64);
+      for (int r = 0; r < R; ++r) {
+        const __m512i bytes = load512(groups[r] + shape.up_nibbles(ids[r]) + run * 256 + j * 64);
+        const __m512i first = low_nibbles(bytes);
+        const __m512i second = high_nibbles(bytes);
+        high[r] = _mm512_dpbusd_epi32(high[r], first, first_high);
+        high[r] = _mm512_dpbusd_epi32(high[r], second, second_high);
+        low[r] = _mm512_dpbusd_epi32(low[r], first, first_low);
+        low[r] = _mm512_dpbusd_epi32(low[r], second, second_low);
+      }
+    }
+    const __m512 x_scales = _mm512_loadu_ps(x.scales() + run * 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512 scales = load_halves(groups[r] + shape.up_scales(ids[r]) + run * 32);
+      sums[r] = _mm512_fmadd_ps(join(low[r], high[r]), _mm512_mul_ps(x_scales, scales), sums[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) out[r] = _mm512_reduce_add_ps(sums[r]);
+}
+
+// out += sum over the `count` listed neurons of one group of hidden[i] * down column.
+void add_down(const ExpertShape& shape, const std::byte* group, const std::int32_t* ids, const float* hidden,
+              std::int64_t count, float* out) {
+  float peak = 0.0F;
+  bool finite = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float magnitude = __builtin_fabsf(hidden[i]);
+    finite = finite && magnitude <= std::numeric_limits<float>::max();
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  float scale = peak / kActivationSteps;
+  const float inverse = scale >= std::numeric_limits<float>::min() ? kActivationSteps / peak : 0.0F;
+  if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
+  // Four neurons to a word; missing ones weigh nothing.
+  alignas(64) std::int8_t highs[kNeuronGroup] = {};
+  alignas(64) std::int8_t lows[kNeuronGroup] = {};
+  const std::byte* columns[kNeuronGroup];
+  std::int32_t total = 0;
+  for (std::int64_t i = 0; i < kNeuronGroup; ++i) {
+    columns[i] = group + shape.down_nibbles(ids[i < count ? i : 0]);
+    if (i >= count || !finite) continue;
+    const int q = _mm_cvtss_si32(_mm_set_ss(hidden[i] * inverse));
+    const int upper = (q + 128) >> 8;
+    highs[i] = static_cast<std::int8_t>(upper);
+    lows[i] = static_cast<std::int8_t>(q - 256 * upper);
+    total += q;
+  }
+  const std::int64_t quads = (count + 3) / 4;
+  const __m512i start = _mm512_set1_epi32(-8 * total);
+  const __m512 scales = _mm512_set1_ps(scale);
+  for (std::int64_t c = 0; c < shape.padded() / 128; ++c) {
+    __m512i low[8];
+    __m512i high[8];
+    for (int j = 0; j < 8; ++j) {
+      low[j] = start;
+      high[j] = _mm512_setzero_si512();
+    }
+    for (std::int64_t k = 0; k < quads; ++k) {
+      const __m512i a = load512(columns[4 * k] + c * 64);
+      const __m512i b = load512(columns[4 * k + 1] + c * 64);
+      const __m512i d = load512(columns[4 * k + 2] + c * 64);
+      const __m512i e = load512(columns[4 * k + 3] + c * 64);
+      const __m512i t0 = _mm512_unpacklo_epi8(a, b);
+      const __m512i t1 = _mm512_unpackhi_epi8(a, b);
+      const __m512i t2 = _mm512_unpacklo_epi8(d, e);
+      const __m512i t3 = _mm512_unpackhi_epi8(d, e);
+      const __m512i mixed[4] = {_mm512_unpacklo_epi16(t0, t2), _mm512_unpackhi_epi16(t0, t2),
+                                _mm512_unpacklo_epi16(t1, t3), _mm512_unpackhi_epi16(t1, t3)};
+      const __m512i high_word = word(highs + 4 * k);
+      const __m512i low_word = word(lows + 4 * k);
+      for (int j = 0; j < 4; ++j) {
+        const __m512i first = low_nibbles(mixed[j]);
+        const __m512i second = high_nibbles(mixed[j]);
+        high[2 * j] = _mm512_dpbusd_epi32(high[2 * j], first, high_word);
+        low[2 * j] = _mm512_dpbusd_epi32(low[2 * j], first, low_word);
+        high[2 * j + 1] = _mm512_dpbusd_epi32(high[2 * j + 1], second, high_word);
+        low[2 * j + 1] = _mm512_dpbusd_epi32(low[2 * j + 1], second, low_word);
+      }
+    }
+    for (int j = 0; j < 8; ++j) {
+      const std::int64_t at = c * 128 + j * 16;
+      const __m512 factor = _mm512_mul_ps(load_halves(group + at * 2), scales);
+      _mm512_storeu_ps(out + at, _mm512_fmadd_ps(join(low[j], high[j]), factor, _mm512_loadu_ps(out + at)));
+    }
+  }
+}
+
+}  // namespace
+
+void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row) {
+  const std::int64_t blocks = Planes::blocks(cols);
+  const std::int64_t used = cols / kActivationBlock;
+  std::byte* transposed = row + blocks * 64;
+  auto* out_scales = reinterpret_cast<float*>(row + blocks * 128);
+  auto* offsets = reinterpret_cast<std::int32_t*>(row + blocks * 132);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const __m512i values = b < used ? load512(q + b * kActivationBlock) : _mm512_setzero_si512();
+    const __m512i upper = _mm512_srai_epi16(_mm512_add_epi16(values, _mm512_set1_epi16(128)), 8);
+    auto* to = reinterpret_cast<__m256i*>(row + b * 64);
+    _mm256_storeu_si256(to, _mm512_cvtepi16_epi8(upper));
+    _mm256_storeu_si256(to + 1, _mm512_cvtepi16_epi8(values));  // the lower byte, signed
+    offsets[b] = -8 * _mm512_reduce_add_epi32(_mm512_madd_epi16(values, _mm512_set1_epi16(1)));
+    out_scales[b] = b < used ? scales[b] : 0.0F;
+  }
+  const __m512i every = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(16));
+  for (std::int64_t b = 0; b < blocks; b += kTransposedBlocks) {
+    for (int w = 0; w < 16; ++w) {
+      _mm512_storeu_si512(transposed + b * 64 + w * 64,
+                          _mm512_i32gather_epi32(every, row + b * 64 + w * 4, 4));
+    }
+  }
+}
+
+void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                  const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
+  std::int64_t t = 0;
+  for (; t + 8 <= tokens; t += 8) tile_tokens<8>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+  for (; t + 4 <= tokens; t += 4) tile_tokens<4>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+  for (; t + 2 <= tokens; t += 2) tile_tokens<2>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+  if (t < tokens) tile_tokens<1>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+}
+
+std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                            std::int64_t group_end, const float* gate, const Activations& x,
+                            std::int64_t token, float* out) {
+  const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
+  std::int64_t active = 0;
+  for (std::int64_t first = group_begin; first < group_end; first += kBatch) {
+    const std::int64_t last = first + kBatch < group_end ? first + kBatch : group_end;
+    std::int32_t ids[kBatch * kNeuronGroup];
+    const std::byte* groups[kBatch * kNeuronGroup];
+    float hidden[kBatch * kNeuronGroup];
+    std::int64_t begins[kBatch + 1];
+    std::int64_t count = 0;
+    for (std::int64_t g = first; g < last; ++g) {
+      begins[g - first] = count;
+      const std::byte* group = expert + shape.group_offset(g);
+      const float* values = gate + (g - group_begin) * kNeuronGroup;
+      for (std::int32_t n = 0; n < kNeuronGroup; ++n) {
+        ids[count] = n;
+        groups[count] = group;
+        hidden[count] = values[n];
+        count += values[n] > 0.0F ? 1 : 0;
+      }
+    }
+    begins[last - first] = count;
+    active += count;
+    for (std::int64_t i = 0; i < (count < kAhead ? count : kAhead); ++i)
+      prefetch_neuron(shape, groups[i], ids[i]);
+    for (std::int64_t g = first; g < last; ++g) {
+      const std::int64_t begin = begins[g - first];
+      const std::int64_t end = begins[g - first + 1];
+      if (begin == end) continue;
+      std::int64_t i = begin;
+      for (; i < end; i += 2) {
+        const int rows = i + 1 < end ? 2 : 1;
+        for (std::int64_t ahead = i + kAhead; ahead < i + kAhead + rows && ahead < count; ++ahead) {
+          prefetch_neuron(shape, groups[ahead], ids[ahead]);
+        }
+        float dots[2];
+        if (rows == 2) {
+          up_rows<2>(shape, groups + i, ids + i, planes, dots);
+          hidden[i + 1] *= dots[1];
+        } else {
+          up_rows<1>(shape, groups + i, ids + i, planes, dots);
+        }
+        hidden[i] *= dots[0];
+      }
+      add_down(shape, groups[begin], ids + begin, hidden + begin, end - begin, out);
+    }
+  }
+  return active;
+}
+
+}  // namespace smallthinker

@@ -1,0 +1,144 @@
+#include "packed.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace smallthinker {
+namespace {
+
+constexpr std::size_t kStockBlock = 18;  // fp16 scale, 16 bytes of nibbles
+
+std::byte* at(std::byte* base, std::int64_t offset) { return base + static_cast<std::size_t>(offset); }
+
+float nibble_value(std::byte pair, bool high, float scale) {
+  const int bits = std::to_integer<int>(pair);
+  return static_cast<float>((high ? bits >> 4 : bits & 15) - 8) * scale;
+}
+
+}  // namespace
+
+void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row) {
+  const std::int64_t blocks = Planes::blocks(cols);
+  auto* natural = reinterpret_cast<std::int8_t*>(row);
+  auto* transposed = natural + blocks * 64;
+  auto* out_scales = reinterpret_cast<float*>(row + blocks * 128);
+  auto* offsets = reinterpret_cast<std::int32_t*>(row + blocks * 132);
+  const std::int64_t used = cols / kActivationBlock;
+  for (std::int64_t b = 0; b < used; ++b) {
+    std::int8_t* high = natural + b * 64;
+    std::int8_t* low = high + 32;
+    const std::int16_t* block = q + b * kActivationBlock;
+    std::int32_t sum = 0;
+    for (int i = 0; i < 32; ++i) {
+      const int value = block[i];
+      const int upper = (value + 128) >> 8;
+      high[i] = static_cast<std::int8_t>(upper);
+      low[i] = static_cast<std::int8_t>(value - 256 * upper);
+      sum += value;
+    }
+    out_scales[b] = scales[b];
+    offsets[b] = -8 * sum;
+  }
+  std::memset(natural + used * 64, 0, static_cast<std::size_t>(blocks - used) * 64);
+  std::fill(out_scales + used, out_scales + blocks, 0.0F);
+  std::fill(offsets + used, offsets + blocks, 0);
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    std::int8_t* to = transposed + b / 16 * 1024 + b % 16 * 4;
+    for (int word = 0; word < 16; ++word) std::memcpy(to + word * 64, natural + b * 64 + word * 4, 4);
+  }
+}
+
+void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begin, std::int64_t tile_end,
+                std::byte* out) {
+  const TileMatrix tiled{nullptr, stock.rows, stock.cols};
+  const std::int64_t blocks = stock.cols / kActivationBlock;
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile, out += tiled.tile_bytes()) {
+    std::memset(out, 0, tiled.tile_bytes());
+    for (std::int64_t r = 0; r < kTileRows; ++r) {
+      const std::int64_t row = tile * kTileRows + r;
+      if (row >= stock.rows) break;
+      const std::byte* from = stock.row(row, expert);
+      for (std::int64_t b = 0; b < blocks; ++b, from += kStockBlock) {
+        std::byte* pair = at(out, b / 2 * kTilePairBytes);
+        std::byte* nibbles = at(pair, b % 2 * 256 + r * 4);
+        for (std::int64_t word = 0; word < 4; ++word)
+          std::memcpy(at(nibbles, word * 64), from + 2 + word * 4, 4);
+        std::memcpy(at(pair, 512 + b % 2 * 32 + r * 2), from, 2);
+      }
+    }
+  }
+}
+
+void pack_gate(const Matrix& gate, std::int64_t expert, const ExpertShape& shape, std::byte* out) {
+  pack_tiles(gate, expert, 0, shape.gate(nullptr).tiles(), out);
+}
+
+void pack_neurons(const Matrix& up, const Matrix& down, std::int64_t expert, const ExpertShape& shape,
+                  std::byte* out) {
+  const std::int64_t blocks = shape.hidden / kActivationBlock;
+  std::memset(out + shape.group_offset(0), 0, shape.bytes() - shape.group_offset(0));
+  for (std::int64_t g = 0; g < shape.groups(); ++g) {
+    std::byte* group = out + shape.group_offset(g);
+    for (std::int64_t n = 0; n < kNeuronGroup; ++n) {
+      const std::byte* from = up.row(g * kNeuronGroup + n, expert);
+      std::byte* nibbles = group + shape.up_nibbles(n);
+      for (std::int64_t b = 0; b < blocks; ++b, from += kStockBlock) {
+        std::memcpy(group + shape.up_scales(n) + static_cast<std::size_t>(b) * 2, from, 2);
+        for (std::int64_t word = 0; word < 4; ++word)
+          std::memcpy(at(nibbles, b / 16 * 256 + word * 64 + b % 16 * 4), from + 2 + word * 4, 4);
+      }
+    }
+    // A block of `down` holds one output's weights of these 32 neurons: its nibbles go to 32 places.
+    for (std::int64_t d = 0; d < shape.hidden; ++d) {
+      const std::byte* block = down.row(d, expert) + static_cast<std::size_t>(g) * kStockBlock;
+      std::memcpy(at(group, d * 2), block, 2);
+      const std::int64_t within = d % 32;
+      const std::int64_t lane = within % 16;
+      const std::size_t place =
+          static_cast<std::size_t>(d / 128 * 64 + lane / 4 * 16 + d % 128 / 32 * 4 + lane % 4);
+      const int shift = within < 16 ? 0 : 4;
+      for (std::int64_t n = 0; n < kNeuronGroup; ++n) {
+        const int pair = std::to_integer<int>(block[2 + n % 16]);
+        const int nibble = n < 16 ? pair & 15 : pair >> 4;
+        std::byte& target = group[shape.down_nibbles(n) + place];
+        target |= static_cast<std::byte>(nibble << shift);
+      }
+    }
+  }
+}
+
+void unpack_tile_row(const TileMatrix& matrix, std::int64_t row, float* out) {
+  const std::byte* tile = matrix.data + static_cast<std::size_t>(row / kTileRows) * matrix.tile_bytes();
+  const std::int64_t r = row % kTileRows;
+  for (std::int64_t b = 0; b < matrix.cols / kActivationBlock; ++b) {
+    const std::byte* pair = tile + static_cast<std::size_t>(b / 2 * kTilePairBytes);
+    const float scale = half_to_float(load<std::uint16_t>(pair + 512 + b % 2 * 32 + r * 2));
+    for (std::int64_t i = 0; i < 32; ++i) {
+      const std::byte bits = pair[b % 2 * 256 + i % 16 / 4 * 64 + r * 4 + i % 4];
+      out[b * 32 + i] = nibble_value(bits, i >= 16, scale);
+    }
+  }
+}
+
+void unpack_neuron(const ExpertShape& shape, const std::byte* expert, std::int64_t neuron, float* up,
+                   float* down) {
+  const std::byte* group = expert + shape.group_offset(neuron / kNeuronGroup);
+  const std::int64_t n = neuron % kNeuronGroup;
+  for (std::int64_t i = 0; i < shape.hidden; ++i) {
+    const std::int64_t b = i / 32;
+    const std::int64_t within = i % 32;
+    const std::int64_t lane = within % 16;
+    const float up_scale = half_to_float(load<std::uint16_t>(group + shape.up_scales(n) + b * 2));
+    const std::byte up_bits =
+        group[shape.up_nibbles(n) +
+              static_cast<std::size_t>(b / 16 * 256 + lane / 4 * 64 + b % 16 * 4 + lane % 4)];
+    up[i] = nibble_value(up_bits, within >= 16, up_scale);
+    const float down_scale = half_to_float(load<std::uint16_t>(group + i * 2));
+    const std::byte down_bits =
+        group[shape.down_nibbles(n) +
+              static_cast<std::size_t>(i / 128 * 64 + lane / 4 * 16 + i % 128 / 32 * 4 + lane % 4)];
+    down[i] = nibble_value(down_bits, within >= 16, down_scale);
+  }
+}
+
+}  // namespace smallthinker
