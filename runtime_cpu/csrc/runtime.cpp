@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::int64_t kMostRows = 64;  // of a piece of work: its weights stay in the second cache
 constexpr std::int64_t kLeastRows = 8;
+constexpr std::int64_t kMostTiles = 8;
 
 bool any_quantised(const Model& model) {
   for (const Layer& layer : model.layers) {
@@ -28,36 +29,48 @@ bool kv_is_half(const Model& model, const std::string& kv_type) {
   throw EngineError("kv_type is '" + kv_type + "'; allowed are auto, f32 and f16");
 }
 
-std::size_t Scratch::lay_out(const Hyperparameters& hyper, int threads, std::int64_t chunk,
-                             std::byte* memory) {
+std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& weights, int threads,
+                             std::int64_t chunk, std::byte* memory) {
   std::size_t used = 0;
   const auto take = [&]<typename T>(T*& pointer, std::int64_t count) {
     pointer = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
     used += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), 64));
   };
-  const auto take_activations = [&](ActivationBuffer& buffer, std::int64_t rows, std::int64_t cols) {
+  const auto take_activations = [&](ActivationBuffer& buffer, std::int64_t rows, std::int64_t cols,
+                                    bool planes) {
     buffer.stride = round_up(cols, kActivationBlock);
     take(buffer.f32, rows * buffer.stride);
     take(buffer.q, rows * buffer.stride);
     take(buffer.scales, rows * buffer.stride / kActivationBlock);
+    buffer.plane_bytes = planes ? Planes::row_bytes(cols) : 0;
+    if (planes) take(buffer.planes, rows * static_cast<std::int64_t>(buffer.plane_bytes));
   };
   const std::int64_t per_token = hyper.experts_per_token;
   const std::int64_t all_slots = chunk * per_token;
   const std::int64_t query_size = hyper.heads * hyper.head_dim;
   const std::int64_t kv_size = hyper.kv_heads * hyper.head_dim;
   const std::int64_t groups = hyper.heads / hyper.kv_heads;
-  take_activations(x, chunk, hyper.hidden);
-  take_activations(normed, chunk, hyper.hidden);
-  take_activations(attended, chunk, query_size);
-  take_activations(hidden, all_slots, hyper.expert_hidden);
+  const bool planes = weights.dense_bytes > 0 || weights.packed_experts;
+  take_activations(x, chunk, hyper.hidden, planes);
+  take_activations(normed, chunk, hyper.hidden, planes);
+  take_activations(attended, chunk, query_size, planes);
   take(query, chunk * query_size);
   take(key, chunk * kv_size);
   take(value, chunk * kv_size);
   take(mixed, chunk * hyper.hidden);
   take(router_logits, chunk * hyper.experts);
   take(expert_weights, all_slots);
-  take(up, all_slots * hidden.stride);
-  take(down, all_slots * hyper.hidden);
+  if (weights.packed_experts) {
+    const ExpertSlices slices(weights.expert);
+    take(down, all_slots * weights.expert.padded());
+    take(partial, kSplitSlots * slices.count * weights.expert.padded());
+    take(thread_gates, threads * kTokenBlock * slices.neurons());
+    take(thread_sums, threads * weights.expert.padded());
+  } else {
+    take_activations(hidden, all_slots, hyper.expert_hidden, false);
+    take(up, all_slots * hidden.stride);
+    take(down, all_slots * hyper.hidden);
+  }
   take(cosines, chunk * (hyper.head_dim / 2));
   take(sines, chunk * (hyper.head_dim / 2));
   take(thread_scores, threads * groups * kKeyRun);
@@ -71,9 +84,10 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, int threads, std::int
 
 Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
+  const WeightPlan weights(model, select_kernels(options.kernels));
   Scratch scratch{};
-  return {model.weight_bytes, layout.bytes(),
-          scratch.lay_out(model.hyper, options.threads, options.chunk, nullptr)};
+  return {weights.dense_bytes + weights.expert_bytes + weights.mapped_bytes, layout.bytes(),
+          scratch.lay_out(model.hyper, weights, options.threads, options.chunk, nullptr)};
 }
 
 Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options)
@@ -82,11 +96,12 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
       chunk_(options.chunk),
       pool_(options.threads),
+      weights_(model_, kernels_, pool_),
       quantise_router_input_(any_quantised(*model_)) {
   const Hyperparameters& hyper = model_->hyper;
-  memory_.resize(scratch_.lay_out(hyper, pool_.threads(), chunk_, nullptr));
+  memory_.resize(scratch_.lay_out(hyper, weights_.plan, pool_.threads(), chunk_, nullptr));
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
-  scratch_.lay_out(hyper, pool_.threads(), chunk_, memory_.data() + (64 - address % 64) % 64);
+  scratch_.lay_out(hyper, weights_.plan, pool_.threads(), chunk_, memory_.data() + (64 - address % 64) % 64);
   // As the model was trained: frequencies and angles in fp32.
   for (std::int64_t i = 0; i < hyper.head_dim / 2; ++i) {
     const double exponent = static_cast<double>(2 * i) / static_cast<double>(hyper.head_dim);
@@ -125,17 +140,17 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
   session.counters.add(counters_);
 }
 
-template <typename Work>
-void Runtime::each_row(std::int64_t rows, const Work& work) {
-  pool_.run(rows, [&](std::int64_t row, int) { work(row); });
-}
-
 void Runtime::normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row) {
   const ActivationBuffer& to = scratch_.normed;
   kernels_.rms_norm(from.f32 + row * from.stride, weight.data(), model_->hyper.hidden,
                     model_->hyper.rms_epsilon, to.f32 + row * to.stride);
-  const ActivationBuffer at = to.from(row);
+  quantise(to.from(row));
+}
+
+// The first row of a buffer to the forms in which kernels read it.
+void Runtime::quantise(const ActivationBuffer& at) {
   kernels_.quantise(at.f32, at.stride, at.q, at.scales);
+  if (at.plane_bytes > 0) kernels_.split_planes(at.q, at.scales, at.stride, at.planes);
 }
 
 void Runtime::add_tasks(const Matrix& matrix, std::int64_t expert, const Activations& x, std::int64_t tokens,
@@ -144,13 +159,31 @@ void Runtime::add_tasks(const Matrix& matrix, std::int64_t expert, const Activat
   const std::int64_t rows = std::clamp(round_up(share, kLeastRows), kLeastRows, kMostRows);
   for (std::int64_t begin = 0; begin < matrix.rows; begin += rows) {
     const std::int64_t end = std::min(begin + rows, matrix.rows);
-    tasks_.push_back({&matrix, expert, begin, end, x, tokens, out + begin, out_stride, first_slot, 0});
+    tasks_.push_back(
+        {&matrix, nullptr, expert, begin, end, x, tokens, out + begin, out_stride, first_slot, 0});
+  }
+}
+
+void Runtime::add_tasks(const Linear& linear, const Activations& x, std::int64_t tokens, float* out,
+                        std::int64_t out_stride) {
+  if (!linear.tiled()) return add_tasks(linear.stock, 0, x, tokens, out, out_stride);
+  const std::int64_t all = linear.tiles.tiles();
+  const std::int64_t tiles = std::clamp<std::int64_t>(all / (8 * pool_.threads()), 1, kMostTiles);
+  for (std::int64_t begin = 0; begin < all; begin += tiles) {
+    const std::int64_t end = std::min(begin + tiles, all);
+    tasks_.push_back(
+        {nullptr, &linear.tiles, 0, begin, end, x, tokens, out + begin * kTileRows, out_stride, 0, 0});
   }
 }
 
 void Runtime::run_matmuls() {
   pool_.run(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t piece, int) {
     const Task& task = tasks_[static_cast<std::size_t>(piece)];
+    if (task.tiles != nullptr) {
+      kernels_.tiles(*task.tiles, task.row_begin, task.row_end, task.x, task.tokens, task.out,
+                     task.out_stride);
+      return;
+    }
     kernels_.matmul(*task.matrix, task.expert, task.row_begin, task.row_end, task.x, task.tokens, task.out,
                     task.out_stride);
   });
@@ -163,8 +196,7 @@ void Runtime::run_batch(std::span<const BatchRow> rows, float* logits, std::int6
   const std::int64_t pairs = hyper.head_dim / 2;
   each_row(tokens, [&](std::int64_t i) {
     const BatchRow& row = rows[static_cast<std::size_t>(i)];
-    dequantise(model_->embedding.type, model_->embedding.row(row.token), hyper.hidden,
-               scratch_.x.f32 + i * scratch_.x.stride);
+    weights_.embedding(row.token, scratch_.x.f32 + i * scratch_.x.stride);
     for (std::int64_t j = 0; j < pairs; ++j) {
       const float angle =
           static_cast<float>(row.position) * inverse_frequencies_[static_cast<std::size_t>(j)];
@@ -176,13 +208,14 @@ void Runtime::run_batch(std::span<const BatchRow> rows, float* logits, std::int6
   if (logit_rows == 0) return;
   const std::int64_t first = tokens - logit_rows;
   each_row(logit_rows, [&](std::int64_t i) { normalise(scratch_.x, model_->output_norm, first + i); });
-  add_tasks(model_->head, 0, scratch_.normed.from(first).view(), logit_rows, logits, hyper.vocab);
+  add_tasks(weights_.head, scratch_.normed.from(first).view(), logit_rows, logits, hyper.vocab);
   run_matmuls();
 }
 
 void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
   const Hyperparameters& hyper = model_->hyper;
   const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
+  const LayerWeights& weights = weights_.layers[static_cast<std::size_t>(index)];
   const auto tokens = static_cast<std::int64_t>(rows.size());
   const std::int64_t query_size = hyper.heads * hyper.head_dim;
   const std::int64_t kv_size = hyper.kv_heads * hyper.head_dim;
@@ -191,16 +224,13 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
 
   each_row(tokens, [&](std::int64_t i) {
     normalise(s.x, layer.attention_norm, i);
-    if (quantise_router_input_) {
-      const ActivationBuffer at = s.x.from(i);
-      kernels_.quantise(at.f32, at.stride, at.q, at.scales);
-    }
+    if (quantise_router_input_) quantise(s.x.from(i));
   });
-  add_tasks(layer.query, 0, s.normed.view(), tokens, s.query, query_size);
-  add_tasks(layer.key, 0, s.normed.view(), tokens, s.key, kv_size);
-  add_tasks(layer.value, 0, s.normed.view(), tokens, s.value, kv_size);
+  add_tasks(weights.query, s.normed.view(), tokens, s.query, query_size);
+  add_tasks(weights.key, s.normed.view(), tokens, s.key, kv_size);
+  add_tasks(weights.value, s.normed.view(), tokens, s.value, kv_size);
   // The router reads the residual stream itself, before the norm and before attention.
-  add_tasks(layer.router, 0, s.x.view(), tokens, s.router_logits, hyper.experts);
+  add_tasks(weights.router, s.x.view(), tokens, s.router_logits, hyper.experts);
   run_matmuls();
 
   each_row(tokens, [&](std::int64_t i) {
@@ -224,19 +254,20 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
     attend(index, rows[static_cast<std::size_t>(i)], i, piece % hyper.kv_heads, thread);
   });
   if (traits_of(layer.output.type).quantised) {
-    each_row(tokens, [&](std::int64_t i) {
-      const ActivationBuffer at = s.attended.from(i);
-      kernels_.quantise(at.f32, at.stride, at.q, at.scales);
-    });
+    each_row(tokens, [&](std::int64_t i) { quantise(s.attended.from(i)); });
   }
-  add_tasks(layer.output, 0, s.attended.view(), tokens, s.mixed, hyper.hidden);
+  add_tasks(weights.output, s.attended.view(), tokens, s.mixed, hyper.hidden);
   run_matmuls();
 
   each_row(tokens, [&](std::int64_t i) {
     kernels_.add_scaled(s.x.f32 + i * s.x.stride, s.mixed + i * hyper.hidden, hyper.hidden, 1.0F);
     normalise(s.x, layer.ffn_norm, i);
   });
-  experts(index, tokens);
+  if (weights_.plan.packed_experts) {
+    packed_experts(index, tokens);
+  } else {
+    experts(index, tokens);
+  }
 }
 
 // One token and one key head with the query heads that share it: softmax in one pass over runs of keys.
@@ -321,89 +352,6 @@ void Runtime::route(std::int64_t tokens) {
     const std::int32_t slot = next[static_cast<std::size_t>(scratch_.expert_ids[i])]++;
     scratch_.slots[i] = slot;
     scratch_.slot_tokens[slot] = static_cast<std::int32_t>(i / k);
-  }
-}
-
-void Runtime::experts(std::int64_t index, std::int64_t tokens) {
-  const Hyperparameters& hyper = model_->hyper;
-  const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
-  const auto at = static_cast<std::size_t>(index);
-  const std::int64_t k = hyper.experts_per_token;
-  const std::int64_t all_slots = tokens * k;
-  Scratch& s = scratch_;
-
-  for (std::int64_t e = 0; e < hyper.experts; ++e) {
-    const std::int64_t first = s.expert_begin[e];
-    const std::int64_t count = s.expert_begin[e + 1] - first;
-    if (count == 0) continue;
-    counters_.expert_counts[at * static_cast<std::size_t>(hyper.experts) + static_cast<std::size_t>(e)] +=
-        static_cast<std::uint64_t>(count);
-    add_tasks(layer.gate, e, s.normed.view(s.slot_tokens + first), count, s.hidden.from(first).f32,
-              s.hidden.stride, first);
-  }
-  pool_.run(static_cast<std::int64_t>(tasks_.size()),
-            [&](std::int64_t piece, int) { gate_and_up(layer, tasks_[static_cast<std::size_t>(piece)]); });
-  for (const Task& task : tasks_) counters_.active_neurons[at] += task.active;
-  counters_.neurons[at] += static_cast<std::uint64_t>(all_slots * hyper.expert_hidden);
-  tasks_.clear();
-
-  if (traits_of(layer.down.type).quantised) {
-    each_row(all_slots, [&](std::int64_t slot) {
-      const ActivationBuffer row = s.hidden.from(slot);
-      kernels_.quantise(row.f32, row.stride, row.q, row.scales);
-    });
-  }
-  for (std::int64_t e = 0; e < hyper.experts; ++e) {
-    const std::int64_t first = s.expert_begin[e];
-    const std::int64_t count = s.expert_begin[e + 1] - first;
-    if (count == 0) continue;
-    add_tasks(layer.down, e, s.hidden.from(first).view(), count, s.down + first * hyper.hidden, hyper.hidden);
-  }
-  run_matmuls();
-
-  // In ascending order of the experts, whatever the batch: the order of the sum is part of the result.
-  each_row(tokens, [&](std::int64_t i) {
-    float* sum = s.mixed + i * hyper.hidden;
-    std::fill_n(sum, hyper.hidden, 0.0F);
-    for (std::int64_t n = 0; n < k; ++n) {
-      kernels_.add_scaled(sum, s.down + s.slots[i * k + n] * hyper.hidden, hyper.hidden,
-                          s.expert_weights[i * k + n]);
-    }
-    kernels_.add_scaled(s.x.f32 + i * s.x.stride, sum, hyper.hidden, 1.0F);
-  });
-}
-
-// relu(gate) * up for some neurons of one expert. With a single token the up rows of silent neurons are not
-// read.
-void Runtime::gate_and_up(const Layer& layer, Task& task) {
-  kernels_.matmul(layer.gate, task.expert, task.row_begin, task.row_end, task.x, task.tokens, task.out,
-                  task.out_stride);
-  const std::int64_t rows = task.row_end - task.row_begin;
-  float* up = scratch_.up + task.first_slot * scratch_.hidden.stride + task.row_begin;
-  if (task.tokens == 1) {
-    for (std::int64_t begin = 0; begin < rows;) {
-      if (!(task.out[begin] > 0.0F)) {
-        ++begin;
-        continue;
-      }
-      std::int64_t end = begin + 1;
-      while (end < rows && task.out[end] > 0.0F) ++end;
-      kernels_.matmul(layer.up, task.expert, task.row_begin + begin, task.row_begin + end, task.x, 1,
-                      up + begin, task.out_stride);
-      begin = end;
-    }
-  } else {
-    kernels_.matmul(layer.up, task.expert, task.row_begin, task.row_end, task.x, task.tokens, up,
-                    task.out_stride);
-  }
-  for (std::int64_t t = 0; t < task.tokens; ++t) {
-    float* gate = task.out + t * task.out_stride;
-    const float* other = up + t * task.out_stride;
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const bool active = gate[r] > 0.0F;
-      task.active += active ? 1U : 0U;
-      gate[r] = active ? gate[r] * other[r] : 0.0F;
-    }
   }
 }
 

@@ -5,6 +5,7 @@
 //   runtime.forward(session, tokens, logits, 1);     // appends the tokens; logits of the last one
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "model.hpp"
 #include "session.hpp"
 #include "thread_pool.hpp"
+#include "weights.hpp"
 
 namespace smallthinker {
 
@@ -33,11 +35,28 @@ bool kv_is_half(const Model& model, const std::string& kv_type);
 
 // What a runtime will allocate, in bytes.
 struct Plan {
-  std::uint64_t weight_bytes = 0;
+  std::uint64_t weight_bytes = 0;  // copied or mapped
   std::uint64_t kv_bytes_per_session = 0;
   std::uint64_t scratch_bytes = 0;
 };
 Plan make_plan(const Model& model, const RuntimeOptions& options);
+
+// An expert's neurons in at most eight slices: the unit of work of few tokens, and of the order of sums.
+struct ExpertSlices {
+  explicit ExpertSlices(const ExpertShape& shape)
+      : groups(shape.groups()),
+        each(std::max<std::int64_t>(3, (groups + 7) / 8)),
+        count((groups + each - 1) / each) {}
+
+  std::int64_t groups, each, count;
+  std::int64_t neurons() const { return each * kNeuronGroup; }
+  std::int64_t begin(std::int64_t slice) const { return slice * each; }
+  std::int64_t end(std::int64_t slice) const { return std::min(groups, (slice + 1) * each); }
+};
+
+inline constexpr std::int64_t kSplitSlots =
+    32;  // (token, expert) pairs up to which slices are pieces of work
+inline constexpr std::int64_t kTokenBlock = 32;  // tokens that an expert meets in one piece of work
 
 // One token of a batch. Rows of different sessions may share a batch: only attention looks at the session.
 struct BatchRow {
@@ -51,11 +70,20 @@ struct ActivationBuffer {
   float* f32 = nullptr;
   std::int16_t* q = nullptr;
   float* scales = nullptr;
+  std::byte* planes = nullptr;  // none: no tiled matrix reads it
   std::int64_t stride = 0;
+  std::size_t plane_bytes = 0;
 
-  Activations view(const std::int32_t* index = nullptr) const { return {f32, q, scales, stride, index}; }
+  Activations view(const std::int32_t* index = nullptr) const {
+    return {f32, q, scales, stride, index, planes, plane_bytes};
+  }
   ActivationBuffer from(std::int64_t row) const {
-    return {f32 + row * stride, q + row * stride, scales + row * (stride / kActivationBlock), stride};
+    return {f32 + row * stride,
+            q + row * stride,
+            scales + row * (stride / kActivationBlock),
+            planes + static_cast<std::size_t>(row) * plane_bytes,
+            stride,
+            plane_bytes};
   }
 };
 
@@ -65,13 +93,16 @@ struct Scratch {
   float *query, *key, *value, *mixed;              // [chunk][...]; mixed: output of attention or experts
   float *router_logits, *expert_weights;           // [chunk][experts], [chunk][k]
   float *up, *down;                                // [chunk * k][...]
+  float* partial;                                  // packed experts: [split slots][slices][padded hidden]
+  float *thread_gates, *thread_sums;               // per thread: [kTokenBlock][slice], [padded hidden]
   float *cosines, *sines;                          // [chunk][head_dim / 2]
   float *thread_scores, *thread_state;             // per thread: [groups][kKeyRun], [2][groups]
   std::int32_t *expert_ids, *slots, *slot_tokens;  // [chunk][k], [chunk][k], [chunk * k]
   std::int32_t* expert_begin;                      // [experts + 1]
 
   // With no memory: only measures. Returns the bytes.
-  std::size_t lay_out(const Hyperparameters& hyper, int threads, std::int64_t chunk, std::byte* memory);
+  std::size_t lay_out(const Hyperparameters& hyper, const WeightPlan& weights, int threads,
+                      std::int64_t chunk, std::byte* memory);
 };
 
 class Runtime {
@@ -92,7 +123,8 @@ class Runtime {
 
  private:
   struct Task {
-    const Matrix* matrix;
+    const Matrix* matrix;     // stock rows, or
+    const TileMatrix* tiles;  // tiles: then row_begin and row_end count tiles
     std::int64_t expert, row_begin, row_end;
     Activations x;
     std::int64_t tokens;
@@ -109,10 +141,19 @@ class Runtime {
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);
+  void packed_experts(std::int64_t layer, std::int64_t tokens);
+  void split_slots(std::int64_t layer, std::int64_t slots);
+  void token_blocks(std::int64_t layer);
+  void sum_experts(std::int64_t tokens, const float* down, std::int64_t stride);
 
   template <typename Work>
-  void each_row(std::int64_t rows, const Work& work);
+  void each_row(std::int64_t rows, const Work& work) {
+    pool_.run(rows, [&](std::int64_t row, int) { work(row); });
+  }
+  void quantise(const ActivationBuffer& at);
   void normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row);
+  void add_tasks(const Linear& linear, const Activations& x, std::int64_t tokens, float* out,
+                 std::int64_t out_stride);
   void add_tasks(const Matrix& matrix, std::int64_t expert, const Activations& x, std::int64_t tokens,
                  float* out, std::int64_t out_stride, std::int64_t first_slot = 0);
   void run_matmuls();
@@ -122,6 +163,7 @@ class Runtime {
   KvLayout layout_;
   std::int64_t chunk_;
   ThreadPool pool_;
+  Weights weights_;
   std::vector<std::byte> memory_;
   Scratch scratch_{};
   std::vector<Task> tasks_;
