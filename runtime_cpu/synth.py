@@ -1,0 +1,655 @@
+"""Random models of the real sizes that behave like trained ones: ``python -m runtime_cpu.synth 4b OUT.gguf --check``.
+
+For measuring speed where the released weights cannot be had. The file is stock llama.cpp (Q4_0 everywhere but norms
+and router, as ``llama-quantize --pure`` writes it) and any SmallThinker engine runs it. What decides the speed of a
+sparse model is set as the paper (arXiv 2507.20984, section 5) and route traces report it: the share of ReLU neurons
+at zero, the popularity of experts, and how many experts consecutive tokens share.
+
+How weights alone do it. The residual stream's dimensions are four ranges of whole blocks of 32:
+
+- ``C`` constant: 1 in every token's embedding, written by no layer (rows of zeros). Router rows and gate rows read it
+  as their biases: popular experts, neurons that rest.
+- ``G`` group: equal for the ids of a group (:func:`group_size` neighbours). Routers read it, so tokens of one group
+  tend to the same experts; the head favours the current group, so generated text stays in it for a while.
+- ``T`` token: random, written by no layer. Routers read it: what tells the tokens of a group apart.
+- ``O`` output: almost nothing in the embedding; attention and experts write only here, each layer adding the fraction
+  ``_GROWTH`` of what is there, so the stream grows with depth as in trained models. The routers read it a little: the
+  part of a routing decision that cannot be known a layer earlier. The head reads it: the next token hangs on the
+  whole context, so greedy decoding does not run in circles.
+
+Independent tokens (uniform ids) then share experts by popularity alone; :func:`text_like_ids` stays in a group and
+shares ``overlap`` of them. All Q4_0 bytes are drawn directly; nothing is quantised, and one chunk is in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import itertools
+import math
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist, fmean
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime_cpu.chat_template import CHATML_TEMPLATE
+from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo, Value
+from runtime_cpu.tokenizer import TokenType, byte_alphabet
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float64]
+
+# Real text: two consecutive tokens share 36-38 % of a layer's experts (traces of Qwen3-30B-A3B and Gemma-4-26B-A4B).
+TEXT_OVERLAP = 0.37
+_STAY = 0.9  # a text stays in its group with this probability per token
+_BLOCK, _BLOCK_BYTES = 32, 18
+# Sixteen equally likely weights, near those of a quantised Gaussian, with mean 0.
+_LEVELS = np.array([-8, -6, -4, -3, -2, -1, -1, 0, 0, 1, 2, 2, 3, 4, 6, 7])
+_LEVEL_STD = float(np.sqrt(np.mean(_LEVELS**2)))
+_PAIRS = bytes(int((_LEVELS[i // 16] + 8) << 4 | (_LEVELS[i % 16] + 8)) for i in range(256))
+_CONSTANT_BYTE = 0xFF  # two weights of 7 scales
+_NORMAL = NormalDist()
+
+_GROWTH = 0.12  # variance that a layer adds to O, relative to what is there
+_FIRST_WRITE = 0.25  # what the first layer writes
+_ATTENTION_SHARE = 0.2  # of what a layer writes, when it attends to a single token
+_SCORE_STD = 2.5  # attention looks at a few keys, not at the mean of all
+_EMBEDDING_OUTPUT_STD = 0.02
+_BIAS_SPREAD = 0.5  # neurons of an expert differ in how often they are active
+_EARLY_SPARSITY, _SPARSITY = (0.95, 0.92), 0.62  # the first two layers; the others
+_POPULARITY_SPREAD, _POPULARITY_STEP = (
+    0.4,
+    0.4,
+)  # of the routers' biases; the step lifts the most popular quarter
+_ROUTER_SCALE = 1.5
+_UNFORESEEN = 0.4  # share of the routers' variance that comes from O
+_LOGIT_STD, _GROUP_BOOST = 2.5, 2.2  # of the head; the boost of the current group counts in these deviations
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_UNUSED_IDS = 290  # 151646 to 151935, as in the released vocabulary
+_FILE_TYPE_Q4_0, _SOFTMAX, _SIGMOID = 2, 1, 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's dimensions; ``window`` 0: no windowed layer. Layouts follow llama.cpp's rule."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    used: int
+    expert_hidden: int
+    vocab: int
+    context: int
+    window: int
+    softmax: bool
+    tied: bool
+
+
+SHAPES = {
+    "4b": Shape("SmallThinker-4BA0.6B", 32, 1536, 12, 2, 128, 32, 4, 768, 151936, 32768, 0, False, True),
+    "21b": Shape("SmallThinker-21BA3B", 52, 2560, 28, 4, 128, 64, 6, 768, 151936, 16384, 4096, True, False),
+}
+
+
+class SynthError(Exception):
+    """The model that was asked for cannot be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the routers of a model do, from a simulation with the file's distribution.
+
+    Attributes:
+        frequency_E: how often each expert is chosen, ascending; layers permute it.
+        squared_weights: mean of the sum of a token's squared expert weights.
+        bias_E: the experts' biases in units of the noise.
+        group_share: share of the noise's variance that a group's tokens have in common.
+        independent_overlap: share of experts that two independent tokens have in common.
+    """
+
+    frequency_E: Floats
+    squared_weights: float
+    bias_E: Floats
+    group_share: float
+    independent_overlap: float
+
+
+def group_size(vocab: int) -> int:
+    """Neighbouring ids that form a group."""
+    return max(8, min(256, vocab // 64))
+
+
+def text_like_ids(vocab: int, count: int, seed: int) -> list[int]:
+    """``count`` ids whose routing is as persistent as that of real text, for files that this module wrote.
+
+    Uniform ids instead give independent tokens. Expert frequencies show over some 10,000 tokens, not over a few.
+    """
+    random = np.random.default_rng(seed)
+    size = group_size(vocab)
+    groups = -(-vocab // size)
+    ids, group = [], int(random.integers(groups))
+    for leaves in random.random(count) >= _STAY:
+        group = int(random.integers(groups)) if leaves else group
+        ids.append(int(random.integers(group * size, min((group + 1) * size, vocab))))
+    return ids
+
+
+def simulate_routing(shape: Shape, overlap: float, tokens: int = 8192) -> Routing:
+    """Find the share of the group that makes text share ``overlap`` of a layer's experts.
+
+    Raises:
+        SynthError: popularity alone shares more, or no persistence shares that much.
+    """
+    random = np.random.default_rng(1)
+    count, k = shape.experts, shape.used
+    quantiles = np.array([_NORMAL.inv_cdf((i + 0.5) / count) for i in range(count)])
+    bias = _POPULARITY_SPREAD * quantiles + _POPULARITY_STEP * (np.arange(count) >= count * 3 // 4)
+    first, other = random.standard_normal((2, tokens, count))
+    logits = bias + first
+    chosen = np.argsort(-logits, axis=1)[:, :k]
+    marks = np.zeros((tokens, count), bool)
+    np.put_along_axis(marks, chosen, True, axis=1)
+
+    def shared(correlation: float) -> float:
+        follower = bias + correlation * first + math.sqrt(1 - correlation**2) * other
+        next_chosen = np.argpartition(-follower, k - 1, axis=1)[:, :k]
+        return float(np.take_along_axis(marks, next_chosen, axis=1).mean())
+
+    independent, most = shared(0.0), 1 - _UNFORESEEN
+    low, high = 0.0, most
+    if not independent <= overlap <= _STAY * shared(most) + (1 - _STAY) * independent:
+        limit = _STAY * shared(most) + (1 - _STAY) * independent
+        raise SynthError(
+            f"--overlap is {overlap}; popularity alone gives {independent:.2f}, and at most {limit:.2f} is possible"
+        )
+    for _ in range(20):
+        middle = (low + high) / 2
+        reached = _STAY * shared(middle) + (1 - _STAY) * independent
+        low, high = (middle, high) if reached < overlap else (low, middle)
+    scores = _ROUTER_SCALE * np.take_along_axis(logits, chosen, axis=1)
+    weights = np.exp(scores - scores.max(1, keepdims=True)) if shape.softmax else 1 / (1 + np.exp(-scores))
+    weights /= weights.sum(1, keepdims=True)
+    return Routing(marks.mean(0), float((weights**2).sum(1).mean()), bias, low, independent)
+
+
+def target_sparsity(layer: int) -> float:
+    """Share of a layer's neurons that are to be zero: 0.64 on average over 32 layers."""
+    return _EARLY_SPARSITY[layer] if layer < len(_EARLY_SPARSITY) else _SPARSITY
+
+
+class Synthesis:
+    """The tensors of one random model, as Q4_0 bytes; every tensor has a random stream of its own."""
+
+    def __init__(self, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP) -> None:
+        """Plan the model.
+
+        Raises:
+            SynthError: a size is no multiple of 32, or ``overlap`` cannot be had.
+        """
+        for name, size in (
+            ("hidden", shape.hidden),
+            ("expert_hidden", shape.expert_hidden),
+            ("heads * head_dim", shape.heads * shape.head_dim),
+        ):
+            if size % _BLOCK or (size < 4 * _BLOCK and name == "hidden"):
+                raise SynthError(
+                    f"{name} is {size}; blocks of {_BLOCK} have to divide it (hidden: at least 4)"
+                )
+        self.shape, self.seed, self.overlap = shape, seed, overlap
+        self.routing = simulate_routing(shape, overlap)
+        blocks = shape.hidden // _BLOCK
+        self._blocks = blocks
+        self._g_begin, self._t_begin = 1, 1 + (2 if blocks >= 16 else 1)
+        self._o_begin = blocks - blocks // 2
+        self._o_dims = (blocks - self._o_begin) * _BLOCK
+        self._g_dims = (self._t_begin - self._g_begin) * _BLOCK
+        self._fixed_energy = (self._o_begin - 1) * _BLOCK  # of G and T; C adds one block
+        # Variance of O at the input of every layer and at the end.
+        self._o_variance = [_EMBEDDING_OUTPUT_STD**2]
+        for layer in range(shape.layers):
+            self._o_variance.append(self._o_variance[-1] + self._write_variance(layer))
+
+    def tensors(self) -> list[TensorInfo]:
+        """Every tensor in file order."""
+        s = self.shape
+        infos = [TensorInfo("token_embd.weight", "Q4_0", (s.hidden, s.vocab))]
+        for i in range(s.layers):
+            for name, kind, shape in (
+                ("attn_norm", "F32", (s.hidden,)),
+                ("attn_q", "Q4_0", (s.hidden, s.heads * s.head_dim)),
+                ("attn_k", "Q4_0", (s.hidden, s.kv_heads * s.head_dim)),
+                ("attn_v", "Q4_0", (s.hidden, s.kv_heads * s.head_dim)),
+                ("attn_output", "Q4_0", (s.heads * s.head_dim, s.hidden)),
+                ("ffn_norm", "F32", (s.hidden,)),
+                ("ffn_gate_inp", "F32", (s.hidden, s.experts)),
+                ("ffn_gate_exps", "Q4_0", (s.hidden, s.expert_hidden, s.experts)),
+                ("ffn_up_exps", "Q4_0", (s.hidden, s.expert_hidden, s.experts)),
+                ("ffn_down_exps", "Q4_0", (s.expert_hidden, s.hidden, s.experts)),
+            ):
+                infos.append(TensorInfo(f"blk.{i}.{name}.weight", kind, shape))
+        infos.append(TensorInfo("output_norm.weight", "F32", (s.hidden,)))
+        if not s.tied:
+            infos.append(TensorInfo("output.weight", "Q4_0", (s.hidden, s.vocab)))
+        return infos
+
+    def metadata(self) -> dict[str, Value]:
+        """Keys of the file: llama.cpp's, the expert statistics, and how the weights were made."""
+        s, prefix = self.shape, "smallthinker"
+        frequency = [self.routing.frequency_E[self._rank_of_expert(layer)] for layer in range(s.layers)]
+        values: dict[str, Value] = {
+            "general.architecture": prefix,
+            "general.name": f"{s.name} (random weights)",
+            "general.file_type": _FILE_TYPE_Q4_0,
+            "general.quantization_version": 2,
+            f"{prefix}.block_count": s.layers,
+            f"{prefix}.context_length": s.context,
+            f"{prefix}.embedding_length": s.hidden,
+            f"{prefix}.feed_forward_length": s.expert_hidden,
+            f"{prefix}.expert_feed_forward_length": s.expert_hidden,
+            f"{prefix}.attention.head_count": s.heads,
+            f"{prefix}.attention.head_count_kv": s.kv_heads,
+            f"{prefix}.attention.key_length": s.head_dim,
+            f"{prefix}.attention.value_length": s.head_dim,
+            f"{prefix}.attention.layer_norm_rms_epsilon": 1e-6,
+            f"{prefix}.rope.freq_base": 1.5e6,
+            f"{prefix}.rope.dimension_count": s.head_dim,
+            f"{prefix}.expert_count": s.experts,
+            f"{prefix}.expert_used_count": s.used,
+            f"{prefix}.expert_gating_func": _SOFTMAX if s.softmax else _SIGMOID,
+            f"{prefix}.vocab_size": s.vocab,
+            f"{prefix}.expert_frequency": np.concatenate(frequency).astype(np.float32),
+            f"{prefix}.neuron_sparsity": np.array([target_sparsity(i) for i in range(s.layers)], np.float32),
+            "synth.seed": self.seed,
+            "synth.text_overlap": self.overlap,
+            "synth.independent_overlap": self.routing.independent_overlap,
+        }
+        if s.window:
+            values[f"{prefix}.attention.sliding_window"] = s.window
+        return values | synthetic_vocabulary(s.vocab)
+
+    def data(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """One tensor's bytes in chunks."""
+        random = np.random.Generator(np.random.SFC64([self.seed, zlib.crc32(name.encode())]))
+        part = name.removesuffix(".weight")
+        if part in ("token_embd", "output"):
+            yield from self._vocabulary_rows(random)
+            return
+        if part == "output_norm":
+            yield self._output_norm()
+            return
+        _, number, kind = part.split(".")
+        layer, s = int(number), self.shape
+        read = math.sqrt(self._read_energy(layer, after_attention=kind.startswith("ffn")))
+        if kind == "attn_norm":
+            yield np.ones(s.hidden, np.float32)
+        elif kind == "ffn_norm":
+            weights = np.ones(s.hidden, np.float32)
+            weights[:_BLOCK] = self._rms(layer, after_attention=True)  # C is 1 after this norm
+            yield weights
+        elif kind in ("attn_q", "attn_k"):
+            heads = s.heads if kind == "attn_q" else s.kv_heads
+            yield self._reading(random, heads * s.head_dim, math.sqrt(_SCORE_STD) / read)
+        elif kind == "attn_v":
+            yield self._reading(random, s.kv_heads * s.head_dim, 1 / read)
+        elif kind == "attn_output":
+            width = s.heads * s.head_dim
+            variance = _ATTENTION_SHARE * self._write_variance(layer) / width
+            yield self._writing(random, width, math.sqrt(variance))
+        elif kind == "ffn_gate_inp":
+            yield self._router(random, layer)
+        else:
+            for _ in range(s.experts):
+                if kind == "ffn_down_exps":
+                    yield self._writing(random, s.expert_hidden, self._down_std(layer))
+                else:
+                    rows = self._reading(random, s.expert_hidden, 1 / read)
+                    if kind == "ffn_gate_exps":
+                        self._add_gate_biases(random, rows, layer)
+                    yield rows
+
+    def _write_variance(self, layer: int) -> float:
+        return _FIRST_WRITE if layer == 0 else _GROWTH * self._o_variance[layer]
+
+    def _o_at(self, layer: int, after_attention: bool) -> float:
+        extra = _ATTENTION_SHARE * self._write_variance(layer) if after_attention else 0.0
+        return self._o_variance[layer] + extra
+
+    def _rms(self, layer: int, after_attention: bool) -> float:
+        energy = self._fixed_energy + self._o_dims * self._o_at(layer, after_attention)
+        return math.sqrt((_BLOCK + energy) / self.shape.hidden)
+
+    def _read_energy(self, layer: int, after_attention: bool) -> float:
+        """Squared length of G, T and O after a norm with weights of 1."""
+        energy = self._fixed_energy + self._o_dims * self._o_at(layer, after_attention)
+        return energy / self._rms(layer, after_attention) ** 2
+
+    def _gate_mean(self, layer: int) -> float:
+        """Mean gate of a layer; over its neurons and tokens, gates are normal with variance 1 + _BIAS_SPREAD²."""
+        return -_NORMAL.inv_cdf(target_sparsity(layer)) * math.sqrt(1 + _BIAS_SPREAD**2)
+
+    def _down_std(self, layer: int) -> float:
+        mean, variance = self._gate_mean(layer), 1 + _BIAS_SPREAD**2
+        ratio = mean / math.sqrt(variance)
+        # E[relu(g)²] of a normal g; up has variance 1.
+        activation = (mean**2 + variance) * _NORMAL.cdf(ratio) + mean * math.sqrt(variance) * _NORMAL.pdf(
+            ratio
+        )
+        written = (1 - _ATTENTION_SHARE) * self._write_variance(layer)
+        return math.sqrt(written / (self.routing.squared_weights * self.shape.expert_hidden * activation))
+
+    def _reading(self, random: np.random.Generator, rows: int, std: float) -> Bytes:
+        """Rows over the residual stream that do not read C."""
+        blocks = _random_blocks(random, rows, self._blocks, std)
+        blocks[:, 0, :2] = 0
+        return blocks
+
+    def _writing(self, random: np.random.Generator, columns: int, std: float) -> Bytes:
+        """Rows of the residual stream that write to O only."""
+        blocks = _random_blocks(random, self.shape.hidden, columns // _BLOCK, std)
+        blocks[: self._o_begin * _BLOCK, :, :2] = 0
+        return blocks
+
+    def _add_gate_biases(self, random: np.random.Generator, rows: Bytes, layer: int) -> None:
+        count = len(rows)
+        spread = _BIAS_SPREAD * np.array([_NORMAL.inv_cdf((i + 0.5) / count) for i in range(count)])
+        biases = self._gate_mean(layer) + random.permutation(spread)
+        rows[:, 0, :2] = (biases / (7 * _BLOCK)).astype("<f2").view(np.uint8).reshape(-1, 2)
+        rows[:, 0, 2:] = _CONSTANT_BYTE
+
+    def _rank_of_expert(self, layer: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, layer]).permutation(self.shape.experts)
+
+    def _router(self, random: np.random.Generator, layer: int) -> NDArray[np.float32]:
+        """[E, D]; logits are _ROUTER_SCALE * (bias + noise of variance 1)."""
+        unforeseen = _UNFORESEEN if layer else 0.0  # the embedding has almost no O
+        group = self.routing.group_share
+        weights = random.standard_normal((self.shape.experts, self.shape.hidden))
+        g, t, o = (begin * _BLOCK for begin in (self._g_begin, self._t_begin, self._o_begin))
+        for part, variance in (
+            (weights[:, g:t], group),
+            (weights[:, t:o], 1 - group - unforeseen),
+            (weights[:, o:], unforeseen / self._o_variance[layer]),
+        ):
+            part *= np.sqrt(variance / (part**2).sum(1, keepdims=True))
+        weights[:, :g] = self.routing.bias_E[self._rank_of_expert(layer), None] / _BLOCK
+        return (_ROUTER_SCALE * weights).astype(np.float32)
+
+    def _group_codes(self) -> Bytes:
+        """[groups, blocks of G, 16]: the quantised group part; embedding and head share it."""
+        random = np.random.default_rng([self.seed, zlib.crc32(b"groups")])
+        shape = (
+            -(-self.shape.vocab // group_size(self.shape.vocab)),
+            self._t_begin - self._g_begin,
+            _BLOCK // 2,
+        )
+        return np.frombuffer(random.bytes(math.prod(shape)).translate(_PAIRS), np.uint8).reshape(shape)
+
+    def _vocabulary_rows(self, random: np.random.Generator) -> Iterator[Bytes]:
+        codes, size = self._group_codes(), group_size(self.shape.vocab)
+        one = np.array([1 / 7, 1 / _LEVEL_STD], "<f2").view(np.uint8).reshape(2, 2)
+        for start in range(0, self.shape.vocab, 4096):
+            ids = np.arange(start, min(start + 4096, self.shape.vocab))
+            rows = np.concatenate(
+                [
+                    _random_blocks(random, len(ids), self._o_begin, 1.0),
+                    _random_blocks(random, len(ids), self._blocks - self._o_begin, _EMBEDDING_OUTPUT_STD),
+                ],
+                axis=1,
+            )
+            rows[:, 0, :2], rows[:, 0, 2:] = one[0], _CONSTANT_BYTE
+            rows[:, self._g_begin : self._t_begin, :2] = one[1]
+            rows[:, self._g_begin : self._t_begin, 2:] = codes[ids // size]
+            yield rows
+
+    def _output_norm(self) -> NDArray[np.float32]:
+        """Reads O and, for the boost of the current group, G."""
+        o_std = math.sqrt(self._o_variance[-1])
+        rms = math.sqrt((_BLOCK + self._fixed_energy + self._o_dims * o_std**2) / self.shape.hidden)
+        weights = np.zeros(self.shape.hidden, np.float32)
+        weights[self._o_begin * _BLOCK :] = (
+            _LOGIT_STD * rms / (math.sqrt(self._o_dims) * _EMBEDDING_OUTPUT_STD * o_std)
+        )
+        weights[self._g_begin * _BLOCK : self._t_begin * _BLOCK] = (
+            _GROUP_BOOST * _LOGIT_STD * rms / self._g_dims
+        )
+        return weights
+
+
+def _random_blocks(random: np.random.Generator, rows: int, blocks: int, std: float) -> Bytes:
+    """Q4_0 blocks [rows, blocks, 18] of weights with this standard deviation; scales vary by block, in sign too."""
+    count = rows * blocks
+    raw = bytearray(random.bytes(count * _BLOCK_BYTES)).translate(_PAIRS)
+    result = np.frombuffer(raw, np.uint8).reshape(rows, blocks, _BLOCK_BYTES)
+    size = np.linspace(0.75, 1.25, 128)
+    size *= std / _LEVEL_STD / math.sqrt(float(np.mean(size**2)))
+    table = np.concatenate([-size, size]).astype("<f2")
+    scales = table[np.frombuffer(random.bytes(count), np.uint8)]
+    result[:, :, :2] = scales.view(np.uint8).reshape(rows, blocks, 2)
+    return result
+
+
+def synthetic_vocabulary(vocab: int) -> dict[str, Value]:
+    """GGUF metadata of a byte-level BPE tokenizer with ``vocab`` ids: bytes, letter groups, special tokens.
+
+    Raises:
+        SynthError: fewer ids than bytes and special tokens.
+    """
+    unused = _UNUSED_IDS if vocab > 100_000 else 5
+    wanted = vocab - 256 - len(_SPECIAL) - unused
+    if wanted < 0:
+        raise SynthError(f"the vocabulary has {vocab} ids; at least {vocab - wanted} are needed")
+    merges = list(itertools.islice(_merges(), wanted))
+    if len(merges) < wanted:
+        raise SynthError(
+            f"the vocabulary has {vocab} ids; at most {vocab - wanted + len(merges)} can be made"
+        )
+    tokens = [*byte_alphabet(), *(left + right for left, right in merges), *_SPECIAL]
+    first_special = len(tokens) - len(_SPECIAL)
+    types = [TokenType.NORMAL] * first_special + [TokenType.CONTROL] * len(_SPECIAL)
+    tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab)]
+    types += [TokenType.UNUSED] * unused
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(types, np.int32),
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
+        "tokenizer.ggml.bos_token_id": first_special,
+        "tokenizer.ggml.padding_token_id": first_special,
+        "tokenizer.ggml.eos_token_id": first_special + 2,
+        "tokenizer.ggml.eot_token_id": first_special + 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": CHATML_TEMPLATE,
+    }
+
+
+def _merges() -> Iterator[tuple[str, str]]:
+    """Merges in order of rank; each makes a new token of two that exist."""
+    letters, space = "abcdefghijklmnopqrstuvwxyz", byte_alphabet()[ord(" ")]
+    pairs = [a + b for a in letters for b in letters]
+    yield from ((a, b) for a in letters for b in letters)
+    yield from ((space, pair) for pair in pairs)
+    yield from ((pair, letter) for pair in pairs for letter in letters)
+    yield from ((space, pair + letter) for pair in pairs for letter in letters)
+    total = len(pairs) ** 2
+    for index in range(total):
+        left, right = divmod(index * 100_003 % total, len(pairs))  # coprime: every pair of pairs once
+        yield pairs[left], pairs[right]
+
+
+def write(path: Path, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP) -> None:
+    """Write a model in the stock layout.
+
+    Raises:
+        SynthError: the shape or the overlap is impossible.
+        OSError: the disk is full, …
+    """
+    synthesis = Synthesis(shape, seed, overlap)
+    infos = synthesis.tensors()
+    with GGUFWriter(path, synthesis.metadata(), infos) as writer:
+        for index, info in enumerate(infos):
+            _progress(f"tensor {index + 1} of {len(infos)}: {info.name}")
+            writer.write(info.name, synthesis.data(info.name))
+    _progress("")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the engine counted.
+
+    Attributes:
+        sparsity: share of neurons at zero by layer.
+        rare_experts: mean over the layers of the share of experts with a frequency under 0.14.
+        overlaps: share of experts that consecutive tokens have in common, by kind of text.
+        logit_std: standard deviation of a row of logits; ``largest_logit``: the greatest absolute one.
+        distinct_greedy: different tokens among the greedily generated ones (``greedy_tokens``).
+    """
+
+    sparsity: list[float]
+    rare_experts: float
+    overlaps: dict[str, float]
+    logit_std: float
+    largest_logit: float
+    greedy_tokens: int
+    distinct_greedy: int
+
+
+def measure(path: Path, tokens: int = 512, steps: int = 48, threads: int | None = None) -> Measured:
+    """Run a file through the engine: ``tokens`` independent ids at once, and ``steps`` ids of each kind one by one.
+
+    Raises:
+        SynthError: logits are not finite.
+        EngineError, OSError: the file cannot be opened.
+    """
+    from runtime_cpu.engine import Engine
+
+    with Engine.open(path, threads=threads, context=max(tokens, 2 * steps) + 8, sessions=1) as engine:
+        vocab, k = engine.info.vocab_size, engine.info.experts_per_token
+        ids = np.random.default_rng(5).integers(0, vocab, tokens).tolist()
+        rows = engine.logits(ids[:16])
+        if not np.isfinite(rows).all():
+            raise SynthError("the logits are not finite")
+        with engine.generate(ids, max_tokens=1, stop_ids=()) as generation:
+            list(generation)
+        stats = generation.stats
+        frequency = np.array(stats.expert_counts) / tokens
+
+        def overlap(text: list[int] | None) -> tuple[float, list[int]]:
+            """Each step is a request that computes one token: the rest is still in the KV cache."""
+            produced = ids[:1] if text is None else text[:1]
+            previous, shared = None, []
+            for step in range(1, steps):
+                with engine.generate(produced, max_tokens=1, stop_ids=()) as generation:
+                    (token,) = generation
+                counts = np.array(generation.stats.expert_counts) > 0
+                if previous is not None:
+                    shared.append(float((counts & previous).sum(1).mean()) / k)
+                previous = counts if generation.stats.reused_tokens == len(produced) - 1 else None
+                produced = [*produced, token.id if text is None else text[step]]
+            return fmean(shared), produced
+
+        overlaps = {
+            "text-like": overlap(text_like_ids(vocab, steps, 7))[0],
+            "independent": overlap(ids[:steps])[0],
+        }
+        overlaps["greedy"], greedy = overlap(None)
+    return Measured(
+        sparsity=[1 - share for share in stats.active_neuron_share_by_layer],
+        rare_experts=float((frequency < 0.14).mean()),
+        overlaps=overlaps,
+        logit_std=float(rows.std(1).mean()),
+        largest_logit=float(np.abs(rows).max()),
+        greedy_tokens=len(greedy) - 1,
+        distinct_greedy=len(set(greedy[1:])),
+    )
+
+
+def report(measured: Measured) -> str:
+    """The measurement for people."""
+    sparsity = measured.sparsity
+    overlaps = ", ".join(f"{kind} {share:.2f}" for kind, share in measured.overlaps.items())
+    return (
+        f"neurons at zero: {fmean(sparsity):.3f} on average, {min(sparsity):.3f} in the least sparse layer, "
+        f"{', '.join(f'{share:.2f}' for share in sparsity[:2])} in the first\n"
+        f"experts with a frequency under 0.14: {measured.rare_experts:.0%}\n"
+        f"experts shared by consecutive tokens: {overlaps}\n"
+        f"logits: standard deviation {measured.logit_std:.2f}, largest {measured.largest_logit:.1f}; "
+        f"{measured.distinct_greedy} different tokens among {measured.greedy_tokens} greedy ones\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Exit code 2: an option is unusable or the file cannot be written."""
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime_cpu.synth",
+        description="Write a model of random weights with the statistics of a trained one.",
+    )
+    parser.add_argument("size", choices=sorted(SHAPES))
+    parser.add_argument("out", type=Path, help="GGUF file to write")
+    parser.add_argument("--layout", choices=("stock", "packed"), default="stock", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="layers, for a smaller file (default: the size's own)")
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=TEXT_OVERLAP,
+        help="share of a layer's experts that consecutive tokens of text have in common (default: %(default)s)",
+    )
+    parser.add_argument("--check", action="store_true", help="run the file and print what the engine counts")
+    options = parser.parse_args(arguments)
+    shape = SHAPES[options.size]
+    try:
+        if options.layers is not None:
+            if not 1 <= options.layers <= 1000:
+                raise SynthError(f"--layers is {options.layers}; allowed is 1 to 1000")
+            shape = dataclasses.replace(shape, layers=options.layers)
+        if options.seed < 0:
+            raise SynthError(f"--seed is {options.seed}; allowed is 0 and more")
+        started = time.perf_counter()
+        _write_layout(options.out, shape, options.seed, options.overlap, options.layout)
+        seconds = time.perf_counter() - started
+        sys.stdout.write(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {seconds:.0f} s\n")
+        if options.check:
+            sys.stdout.write(report(measure(options.out)))
+    except (OSError, SynthError, GGUFWriteError) as error:
+        _progress("")
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _write_layout(out: Path, shape: Shape, seed: int, overlap: float, layout: str) -> None:
+    if layout == "stock":
+        write(out, shape, seed, overlap)
+        return
+    try:
+        packer = importlib.import_module("runtime_cpu.pack")
+    except ModuleNotFoundError as error:
+        raise SynthError("--layout packed needs runtime_cpu.pack, which this installation lacks") from error
+    stock = out.with_name(f".{out.name}.stock")
+    try:
+        write(stock, shape, seed, overlap)
+        packer.pack(stock, out)
+    finally:
+        stock.unlink(missing_ok=True)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
