@@ -13,6 +13,9 @@ std::vector<const Kernels*> available_kernels() {
       Kernels table = avx2_table();
       table.name = "avx512";
       table.matmul = avx512_matmul;
+      table.attention_scores = avx512_attention_scores;
+      table.exp_sum = avx512_exp_sum;
+      table.attention_values = avx512_attention_values;
       table.packed = true;
       table.split_planes = avx512_split_planes;
       table.tiles = avx512_tiles;

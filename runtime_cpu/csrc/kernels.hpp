@@ -20,7 +20,11 @@
 
 namespace smallthinker {
 
-// Keys or values of consecutive positions: `count` rows of `head_dim`, one after the other.
+// Keys lie in tiles of 16 positions, [head_dim][16], so that a register holds one dimension of 16 keys;
+// values lie position by position, [head_dim].
+inline constexpr std::int64_t kKeyTile = 16;
+
+// Keys or values of consecutive positions: `count` tiles or rows, one after the other.
 struct KvRows {
   const void* data = nullptr;
   bool half = false;  // F16, else F32
@@ -43,14 +47,16 @@ struct Kernels {
   // Half-rotation (NeoX): dimension i pairs with i + size / 2; cosines and sines [size / 2].
   void (*rotate)(float* x, std::int64_t size, const float* cosines, const float* sines);
 
-  // scores[g * score_stride + j] = scale * dot(q row g, key j).
+  // scores[g * score_stride + 16 * t + lane] = scale * dot(q row g, that key of tile t), for all `count`
+  // tiles.
   void (*attention_scores)(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
                            float scale, float* scores, std::int64_t score_stride);
 
   // x[i] = exp(x[i] - shift) in place; returns their sum.
   float (*exp_sum)(float* x, std::int64_t size, float shift);
 
-  // out row g += sum over j of weights[g * weight_stride + j] * value j.
+  // out row g += sum over j of weights[g * weight_stride + j] * value j, one after the other: cutting the
+  // values in two calls changes no bit.
   void (*attention_values)(const float* weights, std::int64_t weight_stride, std::int64_t groups,
                            std::int64_t head_dim, KvRows values, float* out);
 
@@ -81,6 +87,11 @@ std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert
 #if defined(SMALLTHINKER_X86)
 const Kernels& avx2_table();
 // The AVX-512 table is AVX2's with these (needs F, BW, DQ, VL and VNNI).
+void avx512_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                             float scale, float* scores, std::int64_t score_stride);
+float avx512_exp_sum(float* x, std::int64_t size, float shift);
+void avx512_attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
+                             std::int64_t head_dim, KvRows values, float* out);
 void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);

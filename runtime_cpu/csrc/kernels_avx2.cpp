@@ -321,13 +321,26 @@ void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
 
 template <typename Row, int G>
 SMALLTHINKER_INLINE void score_group(const float* q, std::int64_t head_dim, const std::byte* keys,
-                                     std::int64_t count, float factor, float* scores, std::int64_t stride) {
-  const float* rows[G];
-  for (int g = 0; g < G; ++g) rows[g] = q + g * head_dim;
-  for (std::int64_t j = 0; j < count; ++j) {
-    float sums[G];
-    dot_real<Row, G>(keys + j * head_dim * Row::kBytes, head_dim, rows, sums);
-    for (int g = 0; g < G; ++g) scores[g * stride + j] = factor * sums[g];
+                                     std::int64_t tiles, float factor, float* scores, std::int64_t stride) {
+  const __m256 factors = _mm256_set1_ps(factor);
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    const std::byte* tile = keys + t * head_dim * kKeyTile * Row::kBytes;
+    __m256 first[G];
+    __m256 second[G];
+    for (int g = 0; g < G; ++g) first[g] = second[g] = _mm256_setzero_ps();
+    for (std::int64_t i = 0; i < head_dim; ++i, tile += kKeyTile * Row::kBytes) {
+      const __m256 a = Row::eight(tile);
+      const __m256 b = Row::eight(tile + 8 * Row::kBytes);
+      for (int g = 0; g < G; ++g) {
+        const __m256 value = _mm256_broadcast_ss(q + g * head_dim + i);
+        first[g] = _mm256_fmadd_ps(value, a, first[g]);
+        second[g] = _mm256_fmadd_ps(value, b, second[g]);
+      }
+    }
+    for (int g = 0; g < G; ++g) {
+      _mm256_storeu_ps(scores + g * stride + t * kKeyTile, _mm256_mul_ps(first[g], factors));
+      _mm256_storeu_ps(scores + g * stride + t * kKeyTile + 8, _mm256_mul_ps(second[g], factors));
+    }
   }
 }
 

@@ -106,11 +106,11 @@ float kv_element(const KvRows& rows, std::int64_t index) {
 void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float scale,
                       float* scores, std::int64_t score_stride) {
   for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t j = 0; j < keys.count; ++j) {
+    for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
       double sum = 0.0;
       for (std::int64_t i = 0; i < head_dim; ++i) {
-        sum += static_cast<double>(q[g * head_dim + i]) *
-               static_cast<double>(kv_element(keys, j * head_dim + i));
+        const std::int64_t at = (j / kKeyTile * head_dim + i) * kKeyTile + j % kKeyTile;
+        sum += static_cast<double>(q[g * head_dim + i]) * static_cast<double>(kv_element(keys, at));
       }
       scores[g * score_stride + j] = scale * static_cast<float>(sum);
     }
@@ -130,12 +130,11 @@ void attention_values(const float* weights, std::int64_t weight_stride, std::int
                       std::int64_t head_dim, KvRows values, float* out) {
   for (std::int64_t g = 0; g < groups; ++g) {
     for (std::int64_t i = 0; i < head_dim; ++i) {
-      double sum = static_cast<double>(out[g * head_dim + i]);
+      float sum = out[g * head_dim + i];  // in fp32, so that values cut in two give the same bits
       for (std::int64_t j = 0; j < values.count; ++j) {
-        sum += static_cast<double>(weights[g * weight_stride + j]) *
-               static_cast<double>(kv_element(values, j * head_dim + i));
+        sum += weights[g * weight_stride + j] * kv_element(values, j * head_dim + i);
       }
-      out[g * head_dim + i] = static_cast<float>(sum);
+      out[g * head_dim + i] = sum;
     }
   }
 }

@@ -29,8 +29,19 @@ bool kv_is_half(const Model& model, const std::string& kv_type) {
   throw EngineError("kv_type is '" + kv_type + "'; allowed are auto, f32 and f16");
 }
 
-std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& weights, int threads,
-                             std::int64_t chunk, std::byte* memory) {
+namespace {
+
+// Scores of a row: every position that a layer keeps, from the start of a tile to the end of one.
+std::int64_t score_stride(const Hyperparameters& hyper, const KvLayout& layout) {
+  std::int64_t most = 0;
+  for (std::int64_t layer = 0; layer < hyper.layers; ++layer) most = std::max(most, layout.capacity(layer));
+  return most + kKeyTile;
+}
+
+}  // namespace
+
+std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& weights, const KvLayout& layout,
+                             int threads, std::int64_t chunk, std::byte* memory) {
   std::size_t used = 0;
   const auto take = [&]<typename T>(T*& pointer, std::int64_t count) {
     pointer = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + used);
@@ -73,8 +84,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   }
   take(cosines, chunk * (hyper.head_dim / 2));
   take(sines, chunk * (hyper.head_dim / 2));
-  take(thread_scores, threads * groups * kKeyRun);
-  take(thread_state, threads * 2 * groups);
+  take(thread_scores, threads * groups * score_stride(hyper, layout));
   take(expert_ids, all_slots);
   take(slots, all_slots);
   take(slot_tokens, all_slots);
@@ -87,7 +97,7 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const WeightPlan weights(model, select_kernels(options.kernels));
   Scratch scratch{};
   return {weights.dense_bytes + weights.expert_bytes + weights.mapped_bytes, layout.bytes(),
-          scratch.lay_out(model.hyper, weights, options.threads, options.chunk, nullptr)};
+          scratch.lay_out(model.hyper, weights, layout, options.threads, options.chunk, nullptr)};
 }
 
 Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options)
@@ -99,9 +109,10 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       weights_(model_, kernels_, pool_),
       quantise_router_input_(any_quantised(*model_)) {
   const Hyperparameters& hyper = model_->hyper;
-  memory_.resize(scratch_.lay_out(hyper, weights_.plan, pool_.threads(), chunk_, nullptr));
+  memory_.resize(scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_, nullptr));
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
-  scratch_.lay_out(hyper, weights_.plan, pool_.threads(), chunk_, memory_.data() + (64 - address % 64) % 64);
+  scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_,
+                   memory_.data() + (64 - address % 64) % 64);
   // As the model was trained: frequencies and angles in fp32.
   for (std::int64_t i = 0; i < hyper.head_dim / 2; ++i) {
     const double exponent = static_cast<double>(2 * i) / static_cast<double>(hyper.head_dim);
@@ -249,9 +260,16 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
   });
   route(tokens);
 
-  pool_.run(tokens * hyper.kv_heads, [&](std::int64_t piece, int thread) {
-    const std::int64_t i = piece / hyper.kv_heads;
-    attend(index, rows[static_cast<std::size_t>(i)], i, piece % hyper.kv_heads, thread);
+  // As few pieces as keep all threads busy: the query heads of a piece share what it reads.
+  const std::int64_t groups = hyper.heads / hyper.kv_heads;
+  const std::int64_t parts = std::min<std::int64_t>(
+      groups, (pool_.threads() + tokens * hyper.kv_heads - 1) / (tokens * hyper.kv_heads));
+  pool_.run(tokens * hyper.kv_heads * parts, [&](std::int64_t piece, int thread) {
+    const std::int64_t i = piece / (hyper.kv_heads * parts);
+    const std::int64_t part = piece % parts;
+    const std::int64_t first = part * groups / parts;
+    attend(index, rows[static_cast<std::size_t>(i)], i, piece / parts % hyper.kv_heads, first,
+           (part + 1) * groups / parts - first, thread);
   });
   if (traits_of(layer.output.type).quantised) {
     each_row(tokens, [&](std::int64_t i) { quantise(s.attended.from(i)); });
@@ -270,46 +288,43 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
   }
 }
 
-// One token and one key head with the query heads that share it: softmax in one pass over runs of keys.
+// One token, one key head and some of the query heads that share it.
 void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
-                     int thread) {
+                     std::int64_t first, std::int64_t groups, int thread) {
   const Hyperparameters& hyper = model_->hyper;
-  const std::int64_t groups = hyper.heads / hyper.kv_heads;
   const std::int64_t dim = hyper.head_dim;
-  const float* query = scratch_.query + (batch_index * hyper.heads + kv_head * groups) * dim;
-  float* out = scratch_.attended.f32 + batch_index * scratch_.attended.stride + kv_head * groups * dim;
-  float* scores = scratch_.thread_scores + thread * groups * kKeyRun;
-  float* peaks = scratch_.thread_state + thread * 2 * groups;
-  float* sums = peaks + groups;
-  std::fill_n(out, groups * dim, 0.0F);
-  std::fill_n(peaks, groups, -std::numeric_limits<float>::infinity());
-  std::fill_n(sums, groups, 0.0F);
-  const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
-  const bool windowed = hyper.windowed[static_cast<std::size_t>(layer)];
+  const std::int64_t head = kv_head * (hyper.heads / hyper.kv_heads) + first;
+  const float* query = scratch_.query + (batch_index * hyper.heads + head) * dim;
+  float* out = scratch_.attended.f32 + batch_index * scratch_.attended.stride + head * dim;
   const std::int64_t end = row.position + 1;
   // A window of w: the token itself and the w - 1 before it.
-  std::int64_t begin = windowed ? std::max<std::int64_t>(0, end - hyper.window) : 0;
-  while (begin < end) {
-    const std::int64_t stop = std::min(end, (begin / kKeyRun + 1) * kKeyRun);
-    const std::int64_t count = stop - begin;
-    kernels_.attention_scores(query, groups, dim, row.session->keys(layer, kv_head, begin, stop), scale,
-                              scores, kKeyRun);
-    for (std::int64_t g = 0; g < groups; ++g) {
-      float* run = scores + g * kKeyRun;
-      const float peak = std::max(peaks[g], *std::max_element(run, run + count));
-      if (peak > peaks[g]) {
-        const float shrink = std::exp(peaks[g] - peak);
-        sums[g] *= shrink;
-        kernels_.scale(out + g * dim, dim, shrink);
-        peaks[g] = peak;
-      }
-      sums[g] += kernels_.exp_sum(run, count, peaks[g]);
-    }
-    kernels_.attention_values(scores, kKeyRun, groups, dim, row.session->values(layer, kv_head, begin, stop),
-                              out);
-    begin = stop;
+  const bool windowed = hyper.windowed[static_cast<std::size_t>(layer)];
+  const std::int64_t begin = windowed ? std::max<std::int64_t>(0, end - hyper.window) : 0;
+  const std::int64_t origin = begin / kKeyTile * kKeyTile;  // position of scores[0]
+  const std::int64_t stride = score_stride(hyper, layout_);
+  float* scores = scratch_.thread_scores + thread * (hyper.heads / hyper.kv_heads) * stride;
+  const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
+  const Session& session = *row.session;
+  for (std::int64_t at = begin; at < end;) {
+    const std::int64_t stop = session.contiguous(layer, at, end);
+    kernels_.attention_scores(query, groups, dim, session.keys(layer, kv_head, at, stop), scale,
+                              scores + (at / kKeyTile * kKeyTile - origin), stride);
+    at = stop;
   }
-  for (std::int64_t g = 0; g < groups; ++g) kernels_.scale(out + g * dim, dim, 1.0F / sums[g]);
+  float* const weights = scores + (begin - origin);
+  std::fill_n(out, groups * dim, 0.0F);
+  for (std::int64_t g = 0; g < groups; ++g) {
+    float* run = weights + g * stride;
+    const float peak = *std::max_element(run, run + (end - begin));
+    const float sum = kernels_.exp_sum(run, end - begin, peak);
+    kernels_.scale(run, end - begin, 1.0F / sum);
+  }
+  for (std::int64_t at = begin; at < end;) {
+    const std::int64_t stop = session.contiguous(layer, at, end);
+    kernels_.attention_values(weights + (at - begin), stride, groups, dim,
+                              session.values(layer, kv_head, at, stop), out);
+    at = stop;
+  }
 }
 
 // Choose the k greatest logits of every token (the lower index among equals), weight them, and sort the

@@ -96,13 +96,13 @@ struct Scratch {
   float* partial;                                  // packed experts: [split slots][slices][padded hidden]
   float *thread_gates, *thread_sums;               // per thread: [kTokenBlock][slice], [padded hidden]
   float *cosines, *sines;                          // [chunk][head_dim / 2]
-  float *thread_scores, *thread_state;             // per thread: [groups][kKeyRun], [2][groups]
+  float* thread_scores;                            // per thread: [groups][score_stride]
   std::int32_t *expert_ids, *slots, *slot_tokens;  // [chunk][k], [chunk][k], [chunk * k]
   std::int32_t* expert_begin;                      // [experts + 1]
 
   // With no memory: only measures. Returns the bytes.
-  std::size_t lay_out(const Hyperparameters& hyper, const WeightPlan& weights, int threads,
-                      std::int64_t chunk, std::byte* memory);
+  std::size_t lay_out(const Hyperparameters& hyper, const WeightPlan& weights, const KvLayout& layout,
+                      int threads, std::int64_t chunk, std::byte* memory);
 };
 
 class Runtime {
@@ -137,7 +137,7 @@ class Runtime {
   void run_batch(std::span<const BatchRow> rows, float* logits, std::int64_t logit_rows);
   void run_layer(std::int64_t index, std::span<const BatchRow> rows);
   void attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
-              int thread);
+              std::int64_t first, std::int64_t groups, int thread);
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);

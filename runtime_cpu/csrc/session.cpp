@@ -75,29 +75,46 @@ void Session::append(const std::int32_t* tokens, std::int64_t count) {
 
 std::byte* Session::at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const {
   const std::int64_t capacity = layout_.capacity(layer);
-  const std::int64_t index = (head * capacity + position % capacity) * layout_.head_dim;
+  const std::int64_t place = position % capacity;
+  const std::int64_t index =
+      (head * capacity + (value ? place : place / kKeyTile * kKeyTile)) * layout_.head_dim;
   const std::size_t half = value ? layout_.layer_bytes(layer) / 2 : 0;
   return memory_.get() + offsets_[static_cast<std::size_t>(layer)] + half +
          static_cast<std::size_t>(index) * layout_.element_bytes();
 }
 
-void Session::store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
-                    const Kernels& kernels) {
-  for (std::int64_t head = 0; head < layout_.kv_heads; ++head) {
-    for (const bool value : {false, true}) {
-      const float* from = (value ? values : keys) + head * layout_.head_dim;
-      std::byte* to = at(layer, value, head, position);
-      if (layout_.half) {
-        kernels.to_half(from, layout_.head_dim, reinterpret_cast<std::uint16_t*>(to));
-      } else {
-        std::memcpy(to, from, static_cast<std::size_t>(layout_.head_dim) * sizeof(float));
-      }
+void Session::store_key(std::byte* tile, std::int64_t lane, const float* key) const {
+  for (std::int64_t i = 0; i < layout_.head_dim; ++i) {
+    const std::int64_t index = i * kKeyTile + lane;
+    if (layout_.half) {
+      reinterpret_cast<std::uint16_t*>(tile)[index] = float_to_half(key[i]);
+    } else {
+      reinterpret_cast<float*>(tile)[index] = key[i];
     }
   }
 }
 
+void Session::store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
+                    const Kernels& kernels) {
+  for (std::int64_t head = 0; head < layout_.kv_heads; ++head) {
+    store_key(at(layer, false, head, position), position % kKeyTile, keys + head * layout_.head_dim);
+    const float* from = values + head * layout_.head_dim;
+    std::byte* to = at(layer, true, head, position);
+    if (layout_.half) {
+      kernels.to_half(from, layout_.head_dim, reinterpret_cast<std::uint16_t*>(to));
+    } else {
+      std::memcpy(to, from, static_cast<std::size_t>(layout_.head_dim) * sizeof(float));
+    }
+  }
+}
+
+std::int64_t Session::contiguous(std::int64_t layer, std::int64_t begin, std::int64_t end) const {
+  const std::int64_t capacity = layout_.capacity(layer);
+  return std::min(end, (begin / capacity + 1) * capacity);
+}
+
 KvRows Session::keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {
-  return {at(layer, false, head, begin), layout_.half, end - begin};
+  return {at(layer, false, head, begin), layout_.half, (end + kKeyTile - 1) / kKeyTile - begin / kKeyTile};
 }
 
 KvRows Session::values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {

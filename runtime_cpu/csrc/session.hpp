@@ -11,8 +11,7 @@
 
 namespace smallthinker {
 
-// Attention walks over keys in runs that start at multiples of this, so sums never depend on how a prompt was
-// cut.
+// Capacities are multiples of this: whole tiles of keys, and cache lines of values.
 inline constexpr std::int64_t kKeyRun = 64;
 
 // How much each layer keeps. A windowed layer is a ring: its window, and room for one chunk of new tokens,
@@ -68,7 +67,9 @@ class Session {
   // Store keys and values [kv_heads][head_dim] of `position`.
   void store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
              const Kernels& kernels);
-  // Positions [begin, end) within one run of kKeyRun.
+  // Where the positions from `begin` on stop lying one after the other (a ring's end), at most `end`.
+  std::int64_t contiguous(std::int64_t layer, std::int64_t begin, std::int64_t end) const;
+  // Contiguous positions [begin, end); of keys, the tiles that they lie in.
   KvRows keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
   KvRows values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
 
@@ -76,7 +77,9 @@ class Session {
   struct Free {
     void operator()(std::byte* memory) const { std::free(memory); }
   };
+  // A value's row, or the tile that holds a key.
   std::byte* at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const;
+  void store_key(std::byte* tile, std::int64_t lane, const float* key) const;
 
   KvLayout layout_;
   std::vector<std::int32_t> tokens_;

@@ -184,16 +184,19 @@ void test_elementwise(const Kernels& kernels, std::int64_t size, RandomStream& r
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
                     bool half, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
-  const auto rows = random_vector(random, count * dim);
+  const std::int64_t tiles = (count + kKeyTile - 1) / kKeyTile;
+  const auto rows = random_vector(random, tiles * kKeyTile * dim);
   std::vector<std::uint16_t> packed(rows.size());
-  reference_table().to_half(rows.data(), count * dim, packed.data());
+  reference_table().to_half(rows.data(), static_cast<std::int64_t>(rows.size()), packed.data());
   KvRows kv{rows.data(), false, count};
   if (half) kv = {packed.data(), true, count};
-  const std::int64_t stride = count + 1;
+  KvRows keys = kv;
+  keys.count = tiles;
+  const std::int64_t stride = tiles * kKeyTile + 1;
   std::vector<float> got(static_cast<std::size_t>(groups * stride), 5.0F);
   std::vector<float> expected = got;
-  reference_table().attention_scores(q.data(), groups, dim, kv, 0.25F, expected.data(), stride);
-  kernels.attention_scores(q.data(), groups, dim, kv, 0.25F, got.data(), stride);
+  reference_table().attention_scores(q.data(), groups, dim, keys, 0.25F, expected.data(), stride);
+  kernels.attention_scores(q.data(), groups, dim, keys, 0.25F, got.data(), stride);
   compare("attention_scores", got, expected, 4 * kEpsilon, static_cast<double>(dim) * 2 * kEpsilon);
   std::vector<float> out = q;
   std::vector<float> expected_out = q;
@@ -201,7 +204,16 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
   kernels.attention_values(expected.data(), stride, groups, dim, kv, out.data());
   double size = 1.0;
   for (const float value : expected) size += std::fabs(static_cast<double>(value));
-  compare("attention_values", out, expected_out, 4 * kEpsilon, size * 4 * kEpsilon);
+  compare("attention_values", out, expected_out, 4 * kEpsilon, size * 8 * kEpsilon);
+  // Cut in two: the same bits.
+  std::vector<float> cut = q;
+  KvRows part = kv;
+  part.count = count / 3;
+  kernels.attention_values(expected.data(), stride, groups, dim, part, cut.data());
+  part.data = static_cast<const std::byte*>(kv.data) + part.count * dim * (half ? 2 : 4);
+  part.count = count - part.count;
+  kernels.attention_values(expected.data() + count / 3, stride, groups, dim, part, cut.data());
+  CHECK(cut == out, "%s attention_values in two calls", kernels.name);
 }
 
 }  // namespace

@@ -1,0 +1,185 @@
+// AVX-512 attention: a register holds one dimension of 16 keys, or 16 dimensions of one value, so neither
+// product needs a sum across lanes. All query heads of a key head share each load.
+#include <immintrin.h>
+
+#include <limits>
+
+#include "kernels.hpp"
+
+namespace smallthinker {
+namespace {
+
+struct Half {
+  static constexpr std::int64_t kBytes = 2;
+  static SMALLTHINKER_INLINE __m512 load16(const std::byte* at) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  }
+  static SMALLTHINKER_INLINE float one(const std::byte* at) { return _cvtsh_ss(load<std::uint16_t>(at)); }
+};
+
+struct Single {
+  static constexpr std::int64_t kBytes = 4;
+  static SMALLTHINKER_INLINE __m512 load16(const std::byte* at) { return _mm512_loadu_ps(at); }
+  static SMALLTHINKER_INLINE float one(const std::byte* at) { return load<float>(at); }
+};
+
+template <typename Element, int G, int T>
+SMALLTHINKER_INLINE void score_tiles(const float* q, std::int64_t head_dim, const std::byte* keys,
+                                     float factor, float* scores, std::int64_t stride) {
+  const std::int64_t tile_bytes = head_dim * kKeyTile * Element::kBytes;
+  __m512 sums[T][G];
+  for (auto& tile : sums) {
+    for (__m512& sum : tile) sum = _mm512_setzero_ps();
+  }
+  for (std::int64_t i = 0; i < head_dim; ++i) {
+    __m512 key[T];
+    for (int t = 0; t < T; ++t)
+      key[t] = Element::load16(keys + t * tile_bytes + i * kKeyTile * Element::kBytes);
+    for (int g = 0; g < G; ++g) {
+      const __m512 value = _mm512_set1_ps(q[g * head_dim + i]);
+      for (int t = 0; t < T; ++t) sums[t][g] = _mm512_fmadd_ps(value, key[t], sums[t][g]);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int g = 0; g < G; ++g) {
+      _mm512_storeu_ps(scores + g * stride + t * kKeyTile, _mm512_mul_ps(sums[t][g], _mm512_set1_ps(factor)));
+    }
+  }
+}
+
+template <typename Element, int G>
+void score_group(const float* q, std::int64_t head_dim, const KvRows& keys, float factor, float* scores,
+                 std::int64_t stride) {
+  const auto* data = static_cast<const std::byte*>(keys.data);
+  const std::int64_t tile_bytes = head_dim * kKeyTile * Element::kBytes;
+  std::int64_t t = 0;
+  for (; t + 2 <= keys.count; t += 2) {
+    score_tiles<Element, G, 2>(q, head_dim, data + t * tile_bytes, factor, scores + t * kKeyTile, stride);
+  }
+  if (t < keys.count) {
+    score_tiles<Element, G, 1>(q, head_dim, data + t * tile_bytes, factor, scores + t * kKeyTile, stride);
+  }
+}
+
+template <typename Element, int G, int V>
+SMALLTHINKER_INLINE void value_columns(const float* weights, std::int64_t weight_stride,
+                                       std::int64_t head_dim, const std::byte* values, std::int64_t count,
+                                       float* out) {
+  __m512 sums[G][V];
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < V; ++v) sums[g][v] = _mm512_loadu_ps(out + g * head_dim + 16 * v);
+  }
+  for (std::int64_t j = 0; j < count; ++j, values += head_dim * Element::kBytes) {
+    __m512 row[V];
+    for (int v = 0; v < V; ++v) row[v] = Element::load16(values + 16 * v * Element::kBytes);
+    for (int g = 0; g < G; ++g) {
+      const __m512 weight = _mm512_set1_ps(weights[g * weight_stride + j]);
+      for (int v = 0; v < V; ++v) sums[g][v] = _mm512_fmadd_ps(weight, row[v], sums[g][v]);
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(out + g * head_dim + 16 * v, sums[g][v]);
+  }
+}
+
+template <typename Element, int G>
+void value_group(const float* weights, std::int64_t weight_stride, std::int64_t head_dim,
+                 const KvRows& values, float* out) {
+  const auto* data = static_cast<const std::byte*>(values.data);
+  std::int64_t i = 0;
+  for (; i + 64 <= head_dim; i += 64) {
+    value_columns<Element, G, 4>(weights, weight_stride, head_dim, data + i * Element::kBytes, values.count,
+                                 out + i);
+  }
+  for (; i + 16 <= head_dim; i += 16) {
+    value_columns<Element, G, 1>(weights, weight_stride, head_dim, data + i * Element::kBytes, values.count,
+                                 out + i);
+  }
+  for (; i < head_dim; ++i) {
+    for (int g = 0; g < G; ++g) {
+      float sum = out[g * head_dim + i];
+      for (std::int64_t j = 0; j < values.count; ++j) {
+        const float value = Element::one(data + (j * head_dim + i) * Element::kBytes);
+        sum = __builtin_fmaf(weights[g * weight_stride + j], value, sum);
+      }
+      out[g * head_dim + i] = sum;
+    }
+  }
+}
+
+template <typename Element>
+void scores_of(const float* q, std::int64_t groups, std::int64_t head_dim, const KvRows& keys, float factor,
+               float* scores, std::int64_t stride) {
+  std::int64_t g = 0;
+  const auto at = [&] { return scores + g * stride; };
+  for (; g + 6 <= groups; g += 6)
+    score_group<Element, 6>(q + g * head_dim, head_dim, keys, factor, at(), stride);
+  for (; g + 3 <= groups; g += 3)
+    score_group<Element, 3>(q + g * head_dim, head_dim, keys, factor, at(), stride);
+  for (; g < groups; ++g) score_group<Element, 1>(q + g * head_dim, head_dim, keys, factor, at(), stride);
+}
+
+template <typename Element>
+void values_of(const float* weights, std::int64_t stride, std::int64_t groups, std::int64_t head_dim,
+               const KvRows& values, float* out) {
+  std::int64_t g = 0;
+  const auto from = [&] { return weights + g * stride; };
+  for (; g + 6 <= groups; g += 6)
+    value_group<Element, 6>(from(), stride, head_dim, values, out + g * head_dim);
+  for (; g + 3 <= groups; g += 3)
+    value_group<Element, 3>(from(), stride, head_dim, values, out + g * head_dim);
+  for (; g < groups; ++g) value_group<Element, 1>(from(), stride, head_dim, values, out + g * head_dim);
+}
+
+// exp to 2 ulp on [-87.3, 88.3] (Cephes' polynomial), 0 below.
+SMALLTHINKER_INLINE __m512 exponential(__m512 x) {
+  const __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654F), _CMP_NLT_UQ);
+  const __m512 clamped =
+      _mm512_max_ps(_mm512_set1_ps(-87.33654F), _mm512_min_ps(_mm512_set1_ps(88.3F), x));  // NaN stays NaN
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(1.44269504F)),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375F), clamped);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4F), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4F);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1F));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1F));
+  p = _mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0F));
+  return _mm512_maskz_scalef_ps(alive, p, n);
+}
+
+}  // namespace
+
+void avx512_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                             float scale, float* scores, std::int64_t score_stride) {
+  if (keys.half) return scores_of<Half>(q, groups, head_dim, keys, scale, scores, score_stride);
+  return scores_of<Single>(q, groups, head_dim, keys, scale, scores, score_stride);
+}
+
+void avx512_attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
+                             std::int64_t head_dim, KvRows values, float* out) {
+  if (values.half) return values_of<Half>(weights, weight_stride, groups, head_dim, values, out);
+  return values_of<Single>(weights, weight_stride, groups, head_dim, values, out);
+}
+
+float avx512_exp_sum(float* x, std::int64_t size, float shift) {
+  const __m512 shifts = _mm512_set1_ps(shift);
+  __m512 sum = _mm512_setzero_ps();
+  std::int64_t i = 0;
+  for (; i + 16 <= size; i += 16) {
+    const __m512 value = exponential(_mm512_sub_ps(_mm512_loadu_ps(x + i), shifts));
+    _mm512_storeu_ps(x + i, value);
+    sum = _mm512_add_ps(sum, value);
+  }
+  if (i < size) {
+    const auto mask = static_cast<__mmask16>((1 << (size - i)) - 1);
+    const __m512 value = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts));
+    _mm512_mask_storeu_ps(x + i, mask, value);
+    sum = _mm512_mask_add_ps(sum, mask, sum, value);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+}  // namespace smallthinker
