@@ -2,7 +2,9 @@
 
 Each combination of engine and thread count lives in a process of its own; the runs are interleaved (every
 combination once, then again), so that a busy moment of the machine hits all alike. ``--peer`` adds llama.cpp through
-the package llama-cpp-python.
+the package llama-cpp-python, in this environment or in that of ``--peer-python``. With ``--memory`` every process gets
+a memory cgroup of that size where one can be made, and llama.cpp runs without repacking: its repacked copy of the
+weights would not fit where the mapped file does.
 """
 
 from __future__ import annotations
@@ -12,16 +14,31 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import IO, Any
 
-from runtime_cpu import EngineError, _core
-from runtime_cpu.bench_worker import PEER_MODULE, describe_machine, versions
-from runtime_cpu.memory import format_bytes
+from runtime_cpu import EngineError, _core, bench_worker
+from runtime_cpu.bench_machine import (
+    MachineError,
+    MemoryCgroup,
+    contention,
+    describe_machine,
+    disk_rate,
+    drop_cached,
+    read_bandwidth,
+)
+from runtime_cpu.bench_report import ReportError, Row, Spread, log_to_mlflow, plot, ratios, table
+from runtime_cpu.bench_worker import PEER_MODULE, versions
+from runtime_cpu.inspect import bytes_per_token
+from runtime_cpu.memory import format_bytes, parse_bytes
 
+__all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "bytes_per_token", "main"]
+
+OURS = "runtime_cpu"
 _FORMAT_VERSION = 1
 
 
@@ -30,262 +47,325 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and range of repeated measurements."""
+class Plan:
+    """What to measure.
 
-    median: float
-    low: float
-    high: float
-    runs: tuple[float, ...]
+    Attributes:
+        depth: tokens put into the context before the prompt, not timed.
+        decode_tokens: tokens generated after the first; 0 measures prompts only.
+        memory_bytes: limit of every process.
+        peer_python: interpreter that has the peer's package; by default this one.
+    """
 
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """From the single values."""
-        runs = tuple(values)
-        return cls(median(runs), min(runs), max(runs), runs)
+    model: Path
+    thread_counts: Sequence[int]
+    runs: int = 5
+    prompt_tokens: int = 128
+    decode_tokens: int = 64
+    depth: int = 0
+    engines: Sequence[str] = (OURS,)
+    memory_bytes: int | None = None
+    peer_python: Path | None = None
 
-    def __str__(self) -> str:
-        return f"{self.median:.1f} ({self.low:.1f}-{self.high:.1f})"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One combination's outcome; ``first_token_s`` is the time from a prompt of ``prompt_tokens`` to the first."""
-
-    engine: str
-    threads: int
-    prompt_tokens: int
-    decode_tokens: int
-    prompt_tokens_per_s: Spread
-    decode_tokens_per_s: Spread
-    first_token_s: Spread
-    peak_rss_bytes: int
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence needs room for."""
+        return self.depth + self.prompt_tokens + self.decode_tokens + 1
 
 
 class _Worker:
     """A child process that measures on command."""
 
-    def __init__(self, engine: str, model: Path, threads: int, context: int) -> None:
-        self.engine, self.threads = engine, threads
-        command = [
-            sys.executable,
-            "-m",
-            "runtime_cpu.bench_worker",
-            engine,
-            str(model),
-            str(threads),
-            str(context),
-        ]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)}
+    def __init__(self, plan: Plan, engine: str, threads: int, group: MemoryCgroup | None) -> None:
+        self.engine, self.threads, self.group = engine, threads, group
+        command = [sys.executable, "-m", "runtime_cpu.bench_worker"]
+        if engine == PEER_MODULE and plan.peer_python is not None:
+            command = _peer_command(plan.peer_python)
+        settings = {
+            "engine": engine,
+            "model": str(plan.model),
+            "threads": threads,
+            "context": plan.context,
+            "memory_bytes": plan.memory_bytes,
+            "repack": plan.memory_bytes is None,
+        }
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [*command, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": str(threads)},
+            preexec_fn=None if group is None else group.enter,
         )
-        self.ask("hello")
+        try:
+            self.versions: dict[str, str] = self.ask("hello")["versions"]
+        except BenchError:
+            self.close()
+            raise
 
-    def ask(self, operation: str, *values: int) -> dict[str, Any]:
+    def ask(self, operation: str, **values: int) -> dict[str, Any]:
         stdin, stdout = self._pipes()
         try:
-            stdin.write(json.dumps([operation, *values]) + "\n")
+            stdin.write(json.dumps([operation, values] if values else [operation]) + "\n")
             stdin.flush()
             answer = stdout.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise BenchError(f"the {self.engine} process ended with code {self._process.wait()}")
+            code = self._process.wait()
+            killed = " (out of memory)" if code == -9 and self.group is not None else ""
+            raise BenchError(f"the {self.engine} process ended with code {code}{killed}")
         result: dict[str, Any] = json.loads(answer)
         if "error" in result:
             raise BenchError(result["error"])
         return result
 
     def close(self) -> None:
-        self._pipes()[0].close()
+        stdin, stdout = self._pipes()
+        with suppress(BrokenPipeError):
+            stdin.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._pipes()[1].close()
+        stdout.close()
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self._process.stdin is not None and self._process.stdout is not None
         return self._process.stdin, self._process.stdout
 
 
-def bench(
-    model: Path,
-    thread_counts: Sequence[int],
-    runs: int,
-    prompt_tokens: int,
-    decode_tokens: int,
-    engines: Sequence[str] = ("runtime_cpu",),
-) -> list[Row]:
+def _peer_command(python: Path) -> list[str]:
+    # -I: this folder holds modules that are called as some of the standard library's.
+    return [str(python), "-I", str(Path(bench_worker.__file__).resolve())]
+
+
+def bench(plan: Plan) -> tuple[list[Row], dict[str, str], list[str]]:
     """Measure every engine with every thread count, ``runs`` times after one warm-up.
 
+    Returns:
+        The rows, the versions that the processes reported, and notes on what could not be done as asked.
+
     Raises:
-        BenchError: a child could not open the model or failed.
+        BenchError: a child could not open the model or failed. A peer that does so under a memory limit is a note.
     """
-    context = prompt_tokens + decode_tokens + 1
+    notes: list[str] = []
+    found: dict[str, str] = {}
     workers: list[_Worker] = []
     results: dict[int, list[dict[str, Any]]] = {}
-    try:
-        for engine in engines:
-            workers.extend(_Worker(engine, model, threads, context) for threads in thread_counts)
-        for run in range(runs + 1):  # run 0 warms up
+    dead: set[int] = set()
+    with ExitStack() as stack:
+        if plan.memory_bytes is not None:
+            drop_cached(plan.model)
+        for engine in plan.engines:
+            for threads in plan.thread_counts:
+                group = _group(plan, f"smallthinker-bench-{os.getpid()}-{engine}-{threads}", notes)
+                if group is not None:
+                    stack.callback(group.remove)
+                try:
+                    worker = _Worker(plan, engine, threads, group)
+                except BenchError as error:
+                    if engine != PEER_MODULE or plan.memory_bytes is None:
+                        raise
+                    notes.append(f"{engine}, {threads} threads: {error}")
+                    continue
+                stack.callback(worker.close)
+                workers.append(worker)
+                found = {**worker.versions, **found}
+        for run in range(plan.runs + 1):  # run 0 warms up
             for index, worker in enumerate(workers):
-                _progress(f"run {run} of {runs}: {worker.engine}, {worker.threads} threads")
-                result = worker.ask("measure", prompt_tokens, decode_tokens, run)
+                if index in dead:
+                    continue
+                _progress(f"run {run} of {plan.runs}: {worker.engine}, {worker.threads} threads")
+                try:
+                    result = worker.ask(
+                        "measure",
+                        prompt_tokens=plan.prompt_tokens,
+                        decode_tokens=plan.decode_tokens,
+                        depth=plan.depth,
+                        seed=run + 1,
+                    )
+                except BenchError as error:
+                    if worker.engine != PEER_MODULE or plan.memory_bytes is None:
+                        raise
+                    notes.append(f"{worker.engine}, {worker.threads} threads: {error}")
+                    dead.add(index)
+                    continue
                 if run:
                     results.setdefault(index, []).append(result)
-        rows = []
-        for index, worker in enumerate(workers):
-            measured = results[index]
-            rows.append(
-                Row(
-                    engine=worker.engine,
-                    threads=worker.threads,
-                    prompt_tokens=prompt_tokens,
-                    decode_tokens=decode_tokens,
-                    prompt_tokens_per_s=Spread.of(prompt_tokens / item["prompt_s"] for item in measured),
-                    decode_tokens_per_s=Spread.of(decode_tokens / item["decode_s"] for item in measured),
-                    first_token_s=Spread.of(item["first_token_s"] for item in measured),
-                    peak_rss_bytes=worker.ask("memory")["peak_rss_bytes"],
-                )
-            )
-        return rows
-    finally:
-        for worker in workers:
-            worker.close()
+        rows = [
+            _row(plan, worker, results[index]) for index, worker in enumerate(workers) if index not in dead
+        ]
+    return rows, found, notes
 
 
-def bytes_per_token(model: _core.Model) -> int:
-    """Bytes of weights that computing one token reads when no neuron is skipped (KV cache not counted)."""
-    total = 0
-    for name, _kind, shape, _offset, size in model.tensors():
-        if name == "token_embd.weight" and not model.tied_embeddings:
-            total += size // shape[-1]
-        elif "_exps." in name:
-            total += size * model.experts_per_token // model.experts
-        else:
-            total += size
-    return total
+def _group(plan: Plan, name: str, notes: list[str]) -> MemoryCgroup | None:
+    if plan.memory_bytes is None:
+        return None
+    try:
+        return MemoryCgroup(plan.memory_bytes, name)
+    except MachineError as error:
+        note = f"the limit of {format_bytes(plan.memory_bytes)} is not enforced by the kernel: {error}"
+        if note not in notes:
+            notes.append(note)
+        return None
 
 
-def read_bandwidth(thread_counts: Sequence[int]) -> dict[str, int]:
-    """Bytes per second that so many threads of a child process read from memory, by number of threads."""
-    command = [sys.executable, "-m", "runtime_cpu.bench_worker", "bandwidth", *map(str, thread_counts)]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise BenchError(f"measuring memory bandwidth failed: {done.stderr.strip().splitlines()[-1:]}")
-    speeds: dict[str, int] = json.loads(done.stdout)
-    return speeds
+def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row:
+    decode = [plan.decode_tokens / item["decode_s"] for item in measured if item["decode_s"] > 0]
+    active = [item["active_neuron_share"] for item in measured if "active_neuron_share" in item]
+    return Row(
+        engine=worker.engine,
+        threads=worker.threads,
+        prompt_tokens=plan.prompt_tokens,
+        decode_tokens=plan.decode_tokens,
+        depth=plan.depth,
+        prompt_tokens_per_s=Spread.of(plan.prompt_tokens / item["prompt_s"] for item in measured),
+        decode_tokens_per_s=Spread.of(decode) if plan.decode_tokens else None,
+        first_token_s=Spread.of(item["first_token_s"] for item in measured),
+        peak_rss_bytes=worker.ask("memory")["peak_rss_bytes"],
+        memory_bytes=plan.memory_bytes,
+        cgroup_peak_bytes=None if worker.group is None else worker.group.peak_bytes(),
+        active_neuron_share=fmean(active) if active else None,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Exit code 2: the model or an option is unusable."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = _parser().parse_args(arguments)
+    try:
+        plan = _plan(options)
+        model = _core.Model.open(str(plan.model))
+        if plan.context > model.context_length:
+            raise BenchError(
+                f"--prompt {plan.prompt_tokens}, --decode {plan.decode_tokens} and --depth {plan.depth} do not fit "
+                f"into the model's context of {model.context_length} tokens"
+            )
+        if PEER_MODULE in plan.engines:
+            _require_peer(plan.peer_python)
+        _progress("memory bandwidth")
+        before = read_bandwidth(plan.thread_counts)
+        disk = disk_rate(plan.model)
+        with contention(options.contend):
+            rows, found, notes = bench(plan)
+        _progress("memory bandwidth")
+        after = read_bandwidth(plan.thread_counts)
+        _progress("")
+        if options.contend:
+            notes.append("another process burned one core meanwhile")
+        compared = ratios(rows, OURS, PEER_MODULE)
+        report = {
+            "format_version": _FORMAT_VERSION,
+            "machine": describe_machine(),
+            "versions": {**versions(), **found},
+            "command": [
+                "python",
+                "-m",
+                "runtime_cpu.bench",
+                *(sys.argv[1:] if arguments is None else arguments),
+            ],
+            "model": {
+                "file": plan.model.name,
+                "file_type": model.file_type,
+                "file_bytes": model.file_bytes,
+                "parameters": model.parameters,
+                "bytes_per_token": bytes_per_token(model),
+            },
+            "read_bytes_per_s": {count: max(before[count], after[count]) for count in before},
+            "bandwidth": {"before": before, "after": after},
+            "disk": disk,
+            "contended": options.contend,
+            "rows": [asdict(row) for row in rows],
+            "ratios": [asdict(ratio) for ratio in compared],
+            "notes": notes,
+        }
+        text = json.dumps(report, indent=2) + "\n"
+        if options.json == "-":
+            sys.stderr.write(table(report, rows, compared))
+            sys.stdout.write(text)
+        else:
+            sys.stdout.write(table(report, rows, compared))
+        if options.json not in (None, "-"):
+            try:
+                Path(options.json).write_text(text)
+            except OSError as error:
+                raise BenchError(f"cannot write {options.json}: {error.strerror}") from error
+        if options.plot is not None:
+            plot(report, rows, options.plot)
+        if options.mlflow is not None:
+            log_to_mlflow(report, rows, options.mlflow)
+    except (OSError, ValueError, EngineError, BenchError, MachineError, ReportError) as error:
+        _progress("")
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m runtime_cpu.bench",
         description="Measure prompt and decoding speed, latency and memory.",
     )
-    parser.add_argument("model", type=Path, help="GGUF file")
-    parser.add_argument("--threads", help="thread counts, such as 1,2,4 (default: 1 and all allowed cores)")
-    parser.add_argument("--runs", type=int, default=5, help="measured runs (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
-    parser.add_argument("--decode", type=int, default=64, help="tokens generated (default: %(default)s)")
-    parser.add_argument(
-        "--json", metavar="OUT", help="write everything measured to this file; - for standard output"
+    add = parser.add_argument
+    add("model", type=Path, help="GGUF file")
+    add("--threads", help="thread counts, such as 1,2,4 (default: 1 and all allowed cores)")
+    add("--runs", type=int, default=5, help="measured runs (default: %(default)s)")
+    add("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    add("--decode", type=int, default=64, help="tokens generated (default: %(default)s)")
+    add("--prompt-only", action="store_true", help="generate nothing after the first token")
+    add("--depth", type=int, default=0, help="tokens already in the context (default: %(default)s)")
+    add("--memory", metavar="SIZE", help="limit of every process, such as 1GiB")
+    add("--contend", action="store_true", help="meanwhile another process burns one core")
+    add("--json", metavar="OUT", help="write everything measured to this file; - for standard output")
+    add("--plot", metavar="PNG", type=Path, help="draw the speeds (package matplotlib)")
+    add("--mlflow", metavar="EXPERIMENT", help="log the report to this experiment (package mlflow)")
+    add("--peer", action="store_true", help="measure llama.cpp too (package llama-cpp-python)")
+    add("--peer-only", action="store_true", help="measure llama.cpp alone")
+    add(
+        "--peer-python", metavar="PATH", type=Path, help="the interpreter that has llama-cpp-python and numpy"
     )
-    parser.add_argument(
-        "--peer", action="store_true", help="measure llama.cpp too (package llama-cpp-python)"
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for name, least in (("runs", 1), ("prompt", 1), ("decode", 1), ("depth", 0)):
+        if getattr(options, name) < least:
+            raise BenchError(f"--{name} is {getattr(options, name)}; allowed is {least} and more")
+    if not options.model.is_file():
+        raise BenchError(f"there is no model file at {options.model}")
+    peer = [PEER_MODULE] if options.peer or options.peer_only else []
+    return Plan(
+        model=options.model,
+        thread_counts=_thread_counts(options.threads, cores),
+        runs=options.runs,
+        prompt_tokens=options.prompt,
+        decode_tokens=0 if options.prompt_only else options.decode,
+        depth=options.depth,
+        engines=peer if options.peer_only else [OURS, *peer],
+        memory_bytes=None if options.memory is None else parse_bytes(options.memory),
+        peer_python=options.peer_python,
     )
-    options = parser.parse_args(arguments)
-    try:
-        counts = _thread_counts(options.threads, cores)
-        for name in ("runs", "prompt", "decode"):
-            if getattr(options, name) < 1:
-                raise BenchError(f"--{name} is {getattr(options, name)}; allowed is 1 and more")
-        if not options.model.is_file():
-            raise BenchError(f"there is no model file at {options.model}")
-        model = _core.Model.open(str(options.model))
-        if options.prompt + options.decode >= model.context_length:
-            raise BenchError(
-                f"--prompt {options.prompt} and --decode {options.decode} do not fit into the model's context of "
-                f"{model.context_length} tokens"
-            )
-        engines = ["runtime_cpu", *([PEER_MODULE] if options.peer else [])]
-        known_versions = versions()
-        if options.peer and PEER_MODULE not in known_versions:
-            raise BenchError("--peer needs the package llama-cpp-python: pip install llama-cpp-python")
-        rows = bench(options.model, counts, options.runs, options.prompt, options.decode, engines)
-        _progress("memory bandwidth")
-        bandwidth = read_bandwidth(counts)
-    except (OSError, EngineError, BenchError) as error:
-        _progress("")
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    _progress("")
-    report = {
-        "format_version": _FORMAT_VERSION,
-        "machine": describe_machine(),
-        "versions": known_versions,
-        "command": ["python", "-m", "runtime_cpu.bench", *(sys.argv[1:] if arguments is None else arguments)],
-        "model": {
-            "file": options.model.name,
-            "file_type": model.file_type,
-            "file_bytes": model.file_bytes,
-            "parameters": model.parameters,
-            "bytes_per_token": bytes_per_token(model),
-        },
-        "read_bytes_per_s": bandwidth,
-        "rows": [asdict(row) for row in rows],
-    }
-    text = json.dumps(report, indent=2) + "\n"
-    if options.json == "-":
-        sys.stderr.write(table(report, rows))
-        sys.stdout.write(text)
-        return 0
-    sys.stdout.write(table(report, rows))
-    if options.json is not None:
+
+
+def _require_peer(python: Path | None) -> None:
+    if python is None:
+        found = versions()
+    else:
         try:
-            Path(options.json).write_text(text)
+            done = subprocess.run([*_peer_command(python), "versions"], capture_output=True, text=True)
         except OSError as error:
-            sys.stderr.write(f"error: cannot write {options.json}: {error.strerror}\n")
-            return 2
-    return 0
-
-
-def table(report: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The report for people."""
-    machine, model = report["machine"], report["model"]
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])}; "
-        f"kernels {machine['kernels'][-1]}",
-        f"{model['file']}: {model['parameters'] / 1e6:.1f} M parameters, {model['file_type']}, "
-        f"{format_bytes(model['file_bytes'])}; {format_bytes(model['bytes_per_token'])} of weights per token",
-        f"medians of {len(rows[0].decode_tokens_per_s.runs)} interleaved runs (least-most); prompt "
-        f"{rows[0].prompt_tokens} tokens, answer {rows[0].decode_tokens} tokens",
-        "",
-        f"{'engine':<12} {'threads':>7} {'prompt tok/s':>26} {'decode tok/s':>26} {'first token':>12} "
-        f"{'peak memory':>12} {'of bandwidth':>13}",
-    ]
-    for row in rows:
-        used = row.decode_tokens_per_s.median * model["bytes_per_token"]
-        share = used / report["read_bytes_per_s"][str(row.threads)]
-        lines.append(
-            f"{row.engine:<12} {row.threads:>7} {row.prompt_tokens_per_s!s:>26} {row.decode_tokens_per_s!s:>26} "
-            f"{row.first_token_s.median * 1e3:>9.1f} ms {format_bytes(row.peak_rss_bytes):>12} {share:>13.0%}"
+            raise BenchError(f"--peer-python {python} cannot be run: {error.strerror}") from error
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it says nothing"]
+            raise BenchError(f"--peer-python {python} fails: {said[-1]}")
+        found = json.loads(done.stdout)
+    if PEER_MODULE not in found:
+        where = "" if python is None else f" in the environment of {python}"
+        raise BenchError(
+            f"--peer needs the package llama-cpp-python{where}: pip install 'smallthinker[peer]'"
         )
-    speeds = ", ".join(
-        f"{speed / 1e9:.1f} GB/s with {count} thread{'s' if count != '1' else ''}"
-        for count, speed in report["read_bytes_per_s"].items()
-    )
-    lines += ["", f"memory read bandwidth: {speeds}", "versions: " + _joined(report["versions"])]
-    return "\n".join(lines) + "\n"
-
-
-def _joined(items: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in items.items())
 
 
 def _thread_counts(text: str | None, cores: int) -> list[int]:

@@ -1,94 +1,138 @@
 """The measuring process of :mod:`runtime_cpu.bench`: opens one engine and obeys JSON lines on stdin.
 
-python -m runtime_cpu.bench_worker ENGINE MODEL THREADS CONTEXT      (then lines such as ["measure", 128, 64, 1])
-python -m runtime_cpu.bench_worker bandwidth THREADS…
+    python -m runtime_cpu.bench_worker '{"engine": "runtime_cpu", "model": "m.gguf", "threads": 2, "context": 512}'
+    ["hello"]
+    ["measure", {"prompt_tokens": 128, "decode_tokens": 64, "depth": 0, "seed": 1}]
+    ["memory"]
+
+llama.cpp may live in another environment, so this file needs numpy alone until it opens our engine:
+``PEER_PYTHON -I runtime_cpu/bench_worker.py ...`` (``-I``: Python must not look for modules beside this file).
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
+import resource
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-
-from runtime_cpu import Engine, EngineError
-from runtime_cpu.engine import available_kernels
-from runtime_cpu.memory import peak_resident_bytes
+from numpy.typing import NDArray
 
 PEER_MODULE = "llama_cpp"
-_FLAGS = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512bw",
-    "avx512_vnni",
-    "avx_vnni",
-    "amx_int8",
-    "neon",
-    "asimd",
-    "asimddp",
-    "i8mm",
-    "sve",
-)
-_BANDWIDTH_BYTES = 128 << 20
+_PEER_BATCH_TOKENS = 512
 
-Measure = Callable[[list[int], int], dict[str, float]]
+Ids = NDArray[np.int32]
 
 
-def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
-    """Token ids that no earlier run has used in this order, so that no cache of prompts helps."""
-    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()  # type: ignore[no-any-return]
+class Measured(Protocol):
+    """An open engine."""
+
+    vocab_size: int
+
+    def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
+        """Put ``before`` into the context, then time ``prompt`` and greedy decoding.
+
+        Returns:
+            ``prompt_s`` of the prompt, ``first_token_s`` from its start to the first token, ``decode_s`` of
+            ``decode_tokens`` further tokens.
+        """
+        ...
 
 
-def open_engine(model: str, threads: int, context: int) -> tuple[int, Measure]:
-    """Vocabulary size and a measuring function of our engine."""
-    engine = Engine.open(model, threads, context, sessions=1)
+class OurEngine:
+    """runtime_cpu, asked as its users ask it."""
 
-    def measure(prompt: list[int], decode_tokens: int) -> dict[str, float]:
-        with engine.generate(prompt, decode_tokens + 1, stop_ids=()) as generation:
+    def __init__(self, model: str, threads: int, context: int, memory: int | None) -> None:
+        from runtime_cpu import Engine
+
+        self._engine = Engine.open(model, threads, context, memory, sessions=1)
+        self.vocab_size = self._engine.info.vocab_size
+
+    def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
+        if before.size:  # its keys and values stay in the sequence state, so a run computes them once
+            with self._engine.generate(before, 1, stop_ids=()) as generation:
+                list(generation)
+        ids = np.concatenate([before, prompt])
+        with self._engine.generate(ids, decode_tokens + 1, stop_ids=()) as generation:
             for _ in generation:
                 pass
         stats = generation.stats
-        return {"prompt_s": stats.prompt_s, "decode_s": stats.decode_s, "first_token_s": stats.first_token_s}
+        if stats.reused_tokens != before.size:
+            raise ValueError(
+                f"{stats.reused_tokens} tokens of the context were kept instead of {before.size}"
+            )
+        times = {"prompt_s": stats.prompt_s, "decode_s": stats.decode_s, "first_token_s": stats.first_token_s}
+        return {**times, "active_neuron_share": stats.active_neuron_share}
 
-    return engine.info.vocab_size, measure
 
+class Peer:
+    """llama.cpp by its C functions: prompt in batches of 512, then the greatest logit, token by token."""
 
-def open_peer(model: str, threads: int, context: int) -> tuple[int, Measure]:
-    """The same for llama.cpp: prompt in one batch, then greedy decoding token by token."""
-    llama_cpp = importlib.import_module(PEER_MODULE)  # optional: no stubs, no dependency
-    llama = llama_cpp.Llama(
-        model, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, seed=1, verbose=False
-    )
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *_: None), None)
+    def __init__(self, model: str, threads: int, context: int, repack: bool) -> None:
+        lib = self._lib = importlib.import_module(PEER_MODULE)  # optional: no stubs, no dependency
+        # A silent llama.cpp; the callback has to outlive it.
+        self._log = lib.llama_log_callback(lambda *_: None)
+        lib.llama_log_set(self._log, ctypes.c_void_p(0))
+        lib.llama_backend_init()
+        options = lib.llama_model_default_params()
+        options.use_extra_bufts = repack  # False: weights stay mapped, nothing is copied
+        self._model = lib.llama_model_load_from_file(model.encode(), options)
+        if not self._model:
+            raise ValueError(f"llama.cpp cannot open {model}")
+        settings = lib.llama_context_default_params()
+        settings.n_ctx = context
+        settings.n_batch = settings.n_ubatch = _PEER_BATCH_TOKENS
+        settings.n_threads = settings.n_threads_batch = threads
+        self._context = lib.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise ValueError(f"llama.cpp cannot make a context of {context} tokens")
+        self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+        self._held: Ids = np.empty(0, np.int32)
 
-    def measure(prompt: list[int], decode_tokens: int) -> dict[str, float]:
-        llama.reset()
+    def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
+        memory = self._lib.llama_get_memory(self._context)
+        kept = np.array_equal(self._held, before) and self._lib.llama_memory_seq_rm(
+            memory, 0, int(before.size), -1
+        )
+        if not kept:
+            self._lib.llama_memory_clear(memory, True)
+            self._compute(before)
+            self._held = before
         started = time.perf_counter()
-        llama.eval(prompt)
-        evaluated = time.perf_counter()
-        token = llama.sample(temp=0.0)
+        self._compute(prompt)
+        token = self._greatest()
         first = time.perf_counter()
         for _ in range(decode_tokens):
-            llama.eval([token])
-            token = llama.sample(temp=0.0)
-        return {
-            "prompt_s": evaluated - started,
-            "decode_s": time.perf_counter() - first,
-            "first_token_s": first - started,
-        }
+            self._compute(np.array([token], np.int32))
+            token = self._greatest()
+        ended = time.perf_counter()
+        return {"prompt_s": first - started, "decode_s": ended - first, "first_token_s": first - started}
 
-    return llama.n_vocab(), measure
+    def _compute(self, ids: Ids) -> None:
+        for start in range(0, ids.size, _PEER_BATCH_TOKENS):
+            part = np.ascontiguousarray(ids[start : start + _PEER_BATCH_TOKENS])
+            pointer = part.ctypes.data_as(ctypes.POINTER(self._lib.llama_token))
+            status = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(pointer, part.size))
+            if status:
+                raise ValueError(f"llama_decode ended with {status}")
+        if ids.size:
+            self._lib.llama_synchronize(self._context)
+
+    def _greatest(self) -> int:
+        row = self._lib.llama_get_logits_ith(self._context, -1)
+        return int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax())
+
+
+def random_ids(vocab_size: int, count: int, seed: int) -> Ids:
+    """Token ids that no earlier run has used in this order, so that no cache of prompts helps."""
+    return np.random.default_rng(seed).integers(0, vocab_size, count).astype(np.int32)
 
 
 def peak_memory_bytes() -> int:
@@ -102,54 +146,12 @@ def peak_memory_bytes() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return peak_resident_bytes()
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second read by ``threads`` threads, each over an array of its own: best of 5 passes.
-
-    The inner loop is BLAS's dot product of an array with itself, one thread each: one stream of loads.
-    """
-    size = _BANDWIDTH_BYTES // 4
-    arrays = [np.ones(size, np.float32) for _ in range(threads)]
-    best = 0.0
-    for _ in range(5):
-        workers = [threading.Thread(target=np.dot, args=(array, array)) for array in arrays]
-        started = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        best = max(best, threads * _BANDWIDTH_BYTES / (time.perf_counter() - started))
-    return best
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, instruction sets, cores, memory and system. No host name: reports get published."""
-    cpu, flags = platform.processor() or platform.machine(), set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model", "Hardware"):
-                cpu = value.strip()
-            elif key.strip() in ("flags", "Features"):
-                flags = set(value.split())
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {
-        "cpu": cpu,
-        "architecture": platform.machine(),
-        "flags": [flag for flag in _FLAGS if flag in flags],
-        "cores": cores,
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": f"{platform.system()} {platform.release()}",
-        "kernels": available_kernels(),
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:
-    """Versions of what takes part; the peer's only when it is installed."""
+    """Versions of what takes part; the peer's only when it is installed here."""
     found = {"python": platform.python_version(), "numpy": np.__version__}
     for name, package in (("smallthinker", "smallthinker"), (PEER_MODULE, "llama-cpp-python")):
         try:
@@ -159,35 +161,39 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _serve(engine: str, model: str, threads: int, context: int) -> int:
-    vocab_size: int | None = None
-    measure: Measure | None = None
+def _open(settings: dict[str, Any]) -> Measured:
+    model, threads, context = settings["model"], settings["threads"], settings["context"]
+    if settings["engine"] == PEER_MODULE:
+        return Peer(model, threads, context, settings["repack"])
+    return OurEngine(model, threads, context, settings.get("memory_bytes"))
+
+
+def _serve(settings: dict[str, Any]) -> int:
+    engine: Measured | None = None
     for line in sys.stdin:
         operation, *values = json.loads(line)
         answer: dict[str, Any]
         try:
             if operation == "hello":
-                vocab_size, measure = (open_peer if engine == PEER_MODULE else open_engine)(
-                    model, threads, context
-                )
-                answer = {"ready": True}
+                engine = _open(settings)
+                answer = {"versions": versions()}
             elif operation == "memory":
                 answer = {"peak_rss_bytes": peak_memory_bytes()}
             else:
-                assert measure is not None and vocab_size is not None
-                prompt_tokens, decode_tokens, seed = values
-                answer = dict(measure(random_ids(vocab_size, prompt_tokens, seed), decode_tokens))
-        except (EngineError, ValueError, OSError) as error:
-            answer = {"error": str(error)}
+                assert engine is not None
+                run = values[0]
+                before = random_ids(engine.vocab_size, run["depth"], 0)
+                prompt = random_ids(engine.vocab_size, run["prompt_tokens"], run["seed"])
+                answer = dict(engine.measure(before, prompt, run["decode_tokens"]))
+        except Exception as error:  # whatever it is, the parent reports it; the classes belong to two engines
+            answer = {"error": str(error) or type(error).__name__}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
     return 0
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "bandwidth":
-        sys.stdout.write(
-            json.dumps({count: round(read_bandwidth(int(count))) for count in sys.argv[2:]}) + "\n"
-        )
+    if sys.argv[1] == "versions":
+        sys.stdout.write(json.dumps(versions()) + "\n")
     else:
-        sys.exit(_serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+        sys.exit(_serve(json.loads(sys.argv[1])))
