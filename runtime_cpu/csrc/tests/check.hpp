@@ -21,5 +21,8 @@ void test_thread_pool();
 void test_reader();
 void test_reader_fuzz(unsigned long cases, unsigned long seed);
 void test_sampler();
+void test_checksum();
+void test_file_reader();
+void test_expert_cache();
 void test_forward();
 void test_golden(const char* folder);

@@ -34,6 +34,9 @@ int main(int argc, char** argv) {
   if (runs("packed")) test_packed();
   if (runs("pool")) test_thread_pool();
   if (runs("sampler")) test_sampler();
+  if (runs("checksum")) test_checksum();
+  if (runs("file")) test_file_reader();
+  if (runs("cache")) test_expert_cache();
   if (runs("reader")) test_reader();
   if (runs("fuzz")) test_reader_fuzz(cases, seed);
   if (runs("forward")) test_forward();

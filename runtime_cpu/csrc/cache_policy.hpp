@@ -1,0 +1,60 @@
+// Which expert a full cache gives up: a history of uses, and one number per expert computed from it.
+//
+//   UseHistory history(layers, experts, prior);
+//   history.begin(layer);  history.use(key);              // key = layer * experts + expert
+//   find_policy("lru").worth(history, key)                // the lowest of the evictable ones goes
+//
+// docs/log.md holds the measurements behind kDefaultPolicy; tests/replay.cpp repeats them.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace smallthinker {
+
+inline constexpr double kFrequencyDecay = 0.99;  // per token
+
+class UseHistory {
+ public:
+  // `prior` is empty or holds, per key, the share of tokens that use the expert (from the model file).
+  UseHistory(int layers, int experts, std::span<const float> prior);
+
+  void begin(int layer);      // before the uses of a layer; going back to an earlier layer starts a token
+  void use(std::size_t key);  // requested, whether it was in memory or not
+
+  std::int64_t token() const { return token_; }
+  std::int64_t last_token(std::size_t key) const { return entries_[key].last_token; }
+  // Order of uses. Experts that were never used keep their prior, in [0, 1), before all others.
+  double last_use(std::size_t key) const { return entries_[key].last_use; }
+  // Uses, each counting 0.99 per token that has passed since; begins at what the prior amounts to.
+  double frequency(std::size_t key) const { return entries_[key].count / unit_; }
+  // Layers from the current one until this one has its turn: 1 to `layers`.
+  int distance(std::size_t key) const;
+  int layers() const { return layers_; }
+
+ private:
+  struct Entry {
+    double count = 0.0;  // in units of the token at which it is read: ages without being touched
+    double last_use = 0.0;
+    std::int64_t last_token = -1;
+  };
+  int layers_;
+  int experts_;
+  int layer_ = 0;
+  std::int64_t token_ = 0;
+  double clock_ = 1.0;
+  double unit_ = 1.0;  // what one use adds now
+  std::vector<Entry> entries_;
+};
+
+struct CachePolicy {
+  const char* name;
+  double (*worth)(const UseHistory& history, std::size_t key);
+};
+
+std::span<const CachePolicy> cache_policies();
+const CachePolicy& find_policy(const std::string& name);  // throws EngineError
+
+}  // namespace smallthinker
