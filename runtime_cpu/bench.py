@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -25,10 +26,12 @@ from runtime_cpu import EngineError, _core, bench_worker
 from runtime_cpu.bench_machine import (
     MachineError,
     MemoryCgroup,
+    busy_cpu_s,
     contention,
     describe_machine,
     disk_rate,
     drop_cached,
+    process_cpu_s,
     read_bandwidth,
 )
 from runtime_cpu.bench_report import ReportError, Row, Spread, log_to_mlflow, plot, ratios, table
@@ -120,6 +123,16 @@ class _Worker:
             raise BenchError(result["error"])
         return result
 
+    def measure(self, **values: int) -> dict[str, Any]:
+        """One run, with the cores that other processes kept busy meanwhile."""
+        busy, own, started = busy_cpu_s(), process_cpu_s(self._process.pid), time.perf_counter()
+        result = self.ask("measure", **values)
+        seconds = time.perf_counter() - started
+        busy_after, own_after = busy_cpu_s(), process_cpu_s(self._process.pid)
+        if busy is not None and own is not None and busy_after is not None and own_after is not None:
+            result["others_cores"] = max(0.0, (busy_after - busy) - (own_after - own)) / seconds
+        return result
+
     def close(self) -> None:
         stdin, stdout = self._pipes()
         with suppress(BrokenPipeError):
@@ -179,8 +192,7 @@ def bench(plan: Plan) -> tuple[list[Row], dict[str, str], list[str]]:
                     continue
                 _progress(f"run {run} of {plan.runs}: {worker.engine}, {worker.threads} threads")
                 try:
-                    result = worker.ask(
-                        "measure",
+                    result = worker.measure(
                         prompt_tokens=plan.prompt_tokens,
                         decode_tokens=plan.decode_tokens,
                         depth=plan.depth,
@@ -214,6 +226,7 @@ def _group(plan: Plan, name: str, notes: list[str]) -> MemoryCgroup | None:
 
 def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row:
     decode = [plan.decode_tokens / item["decode_s"] for item in measured if item["decode_s"] > 0]
+    others = [item["others_cores"] for item in measured if "others_cores" in item]
     active = [item["active_neuron_share"] for item in measured if "active_neuron_share" in item]
     return Row(
         engine=worker.engine,
@@ -228,6 +241,7 @@ def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row
         memory_bytes=plan.memory_bytes,
         cgroup_peak_bytes=None if worker.group is None else worker.group.peak_bytes(),
         active_neuron_share=fmean(active) if active else None,
+        others_cores=Spread.of(others) if others else None,
     )
 
 

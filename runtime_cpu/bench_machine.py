@@ -160,6 +160,26 @@ def drop_cached(file: Path) -> None:
             os.close(descriptor)
 
 
+def busy_cpu_s() -> float | None:
+    """Seconds that all cores together were busy or stolen since the start; ``None`` where the system does not tell."""
+    try:
+        user, nice, system, _idle, _wait, irq, soft, stolen = map(
+            int, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        )
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK")
+
+
+def process_cpu_s(process_id: int) -> float | None:
+    """Seconds of processor time that a process has used; ``None`` where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 class MemoryCgroup:
     """A memory limit enforced by the kernel: page cache counts, exceeding it kills. Version 1 or 2 of cgroups."""
 

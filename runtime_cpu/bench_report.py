@@ -11,6 +11,8 @@ from typing import Any
 
 from runtime_cpu.memory import format_bytes
 
+_BUSY_CORES = 0.15  # from here on, a run was not alone
+
 
 class ReportError(Exception):
     """A report could not be made; the message says what to install."""
@@ -46,6 +48,7 @@ class Row:
         first_token_s: from a prompt of ``prompt_tokens`` to the first token.
         memory_bytes: the limit, if there was one; ``cgroup_peak_bytes``: the most that its cgroup was charged.
         active_neuron_share: of our engine's experts, mean over the runs.
+        others_cores: cores that other processes kept busy during each run, on average.
     """
 
     engine: str
@@ -60,6 +63,7 @@ class Row:
     memory_bytes: int | None = None
     cgroup_peak_bytes: int | None = None
     active_neuron_share: float | None = None
+    others_cores: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,9 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
                 f"{'':<20} in a cgroup of {format_bytes(row.memory_bytes)}, of which at most "
                 f"{format_bytes(row.cgroup_peak_bytes)} were charged"
             )
+        if row.others_cores is not None and row.others_cores.high >= _BUSY_CORES:
+            runs = ", ".join(f"{cores:.1f}" for cores in row.others_cores.runs)
+            lines.append(f"{'':<20} other processes kept cores busy: {runs} by run")
     for ratio in compared:
         decode = "" if ratio.decode is None else f", decode {_times(ratio.decode)}"
         lines.append(

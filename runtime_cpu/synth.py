@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import itertools
 import math
 import sys
 import time
@@ -39,9 +38,8 @@ from statistics import NormalDist, fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime_cpu.chat_template import CHATML_TEMPLATE
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo, Value
-from runtime_cpu.tokenizer import TokenType, byte_alphabet
+from runtime_cpu.synth_vocabulary import SynthError, synthetic_vocabulary
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -71,8 +69,6 @@ _POPULARITY_SPREAD, _POPULARITY_STEP = (
 _ROUTER_SCALE = 1.5
 _UNFORESEEN = 0.4  # share of the routers' variance that comes from O
 _LOGIT_STD, _GROUP_BOOST = 2.5, 2.2  # of the head; the boost of the current group counts in these deviations
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_UNUSED_IDS = 290  # 151646 to 151935, as in the released vocabulary
 _FILE_TYPE_Q4_0, _SOFTMAX, _SIGMOID = 2, 1, 2
 
 
@@ -100,10 +96,6 @@ SHAPES = {
     "4b": Shape("SmallThinker-4BA0.6B", 32, 1536, 12, 2, 128, 32, 4, 768, 151936, 32768, 0, False, True),
     "21b": Shape("SmallThinker-21BA3B", 52, 2560, 28, 4, 128, 64, 6, 768, 151936, 16384, 4096, True, False),
 }
-
-
-class SynthError(Exception):
-    """The model that was asked for cannot be made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -437,55 +429,6 @@ def _random_blocks(random: np.random.Generator, rows: int, blocks: int, std: flo
     scales = table[np.frombuffer(random.bytes(count), np.uint8)]
     result[:, :, :2] = scales.view(np.uint8).reshape(rows, blocks, 2)
     return result
-
-
-def synthetic_vocabulary(vocab: int) -> dict[str, Value]:
-    """GGUF metadata of a byte-level BPE tokenizer with ``vocab`` ids: bytes, letter groups, special tokens.
-
-    Raises:
-        SynthError: fewer ids than bytes and special tokens.
-    """
-    unused = _UNUSED_IDS if vocab > 100_000 else 5
-    wanted = vocab - 256 - len(_SPECIAL) - unused
-    if wanted < 0:
-        raise SynthError(f"the vocabulary has {vocab} ids; at least {vocab - wanted} are needed")
-    merges = list(itertools.islice(_merges(), wanted))
-    if len(merges) < wanted:
-        raise SynthError(
-            f"the vocabulary has {vocab} ids; at most {vocab - wanted + len(merges)} can be made"
-        )
-    tokens = [*byte_alphabet(), *(left + right for left, right in merges), *_SPECIAL]
-    first_special = len(tokens) - len(_SPECIAL)
-    types = [TokenType.NORMAL] * first_special + [TokenType.CONTROL] * len(_SPECIAL)
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab)]
-    types += [TokenType.UNUSED] * unused
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array(types, np.int32),
-        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in merges],
-        "tokenizer.ggml.bos_token_id": first_special,
-        "tokenizer.ggml.padding_token_id": first_special,
-        "tokenizer.ggml.eos_token_id": first_special + 2,
-        "tokenizer.ggml.eot_token_id": first_special + 2,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHATML_TEMPLATE,
-    }
-
-
-def _merges() -> Iterator[tuple[str, str]]:
-    """Merges in order of rank; each makes a new token of two that exist."""
-    letters, space = "abcdefghijklmnopqrstuvwxyz", byte_alphabet()[ord(" ")]
-    pairs = [a + b for a in letters for b in letters]
-    yield from ((a, b) for a in letters for b in letters)
-    yield from ((space, pair) for pair in pairs)
-    yield from ((pair, letter) for pair in pairs for letter in letters)
-    yield from ((space, pair + letter) for pair in pairs for letter in letters)
-    total = len(pairs) ** 2
-    for index in range(total):
-        left, right = divmod(index * 100_003 % total, len(pairs))  # coprime: every pair of pairs once
-        yield pairs[left], pairs[right]
 
 
 def write(path: Path, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP) -> None:

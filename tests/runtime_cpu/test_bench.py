@@ -17,10 +17,12 @@ from runtime_cpu.bench import Plan, bench
 from runtime_cpu.bench_machine import (
     MachineError,
     MemoryCgroup,
+    busy_cpu_s,
     contention,
     disk_rate,
     drop_cached,
     measure_bandwidth,
+    process_cpu_s,
 )
 from runtime_cpu.bench_report import ReportError, Row, Spread, plot, ratios, table
 from runtime_cpu.bench_worker import PEER_MODULE, OurEngine, random_ids
@@ -51,6 +53,7 @@ def test_every_option_at_once(tmp_path: Path) -> None:
     (only,) = report["rows"]
     assert only["depth"] == 40 and len(only["decode_tokens_per_s"]["runs"]) == 2
     assert 0 < only["active_neuron_share"] < 1
+    assert only["others_cores"]["low"] >= 0
     assert report["bandwidth"]["before"].keys() == report["bandwidth"]["after"].keys() == {"1"}
     assert report["read_bytes_per_s"]["1"] == max(
         report["bandwidth"][when]["1"] for when in ("before", "after")
@@ -199,7 +202,10 @@ def test_the_machine(tmp_path: Path) -> None:
     rate = disk_rate(big)
     assert rate.get("read_bytes_per_s", 0) > 1e6 or "O_DIRECT" in rate["unavailable"]
     drop_cached(big)
+    busy, own = busy_cpu_s(), process_cpu_s(os.getpid())
     with contention(True):
-        before = os.times()
-        time.sleep(0.2)
-    assert os.times().children_user >= before.children_user
+        time.sleep(0.5)
+    busy_after, own_after = busy_cpu_s(), process_cpu_s(os.getpid())
+    if busy is not None and busy_after is not None:
+        assert busy_after - busy > 0.2, "the burning process does not show"
+        assert own is not None and own_after is not None and own_after - own < 0.2

@@ -12,7 +12,8 @@ import pytest
 
 from runtime_cpu import Engine, synth
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
-from runtime_cpu.synth import Shape, SynthError, group_size, text_like_ids
+from runtime_cpu.synth import Shape, group_size, text_like_ids
+from runtime_cpu.synth_vocabulary import SynthError, synthetic_vocabulary
 
 SMALL = Shape(
     name="small",
@@ -136,12 +137,12 @@ def test_the_tokenizer_round_trips(model: Path) -> None:
 
 
 def test_the_full_vocabulary_has_the_released_ids() -> None:
-    metadata = synth.synthetic_vocabulary(151936)
+    metadata = synthetic_vocabulary(151936)
     tokens = metadata["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list) and len(tokens) == len(set(tokens)) == 151936
     assert tokens[151643:151646] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     with pytest.raises(SynthError, match="at least 264"):
-        synth.synthetic_vocabulary(100)
+        synthetic_vocabulary(100)
 
 
 def test_text_stays_in_its_group() -> None:
