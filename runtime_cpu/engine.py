@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,14 +37,18 @@ from runtime_cpu.memory import (
     format_bytes,
     parse_bytes,
     peak_resident_bytes,
+    release_free_memory,
     resident_bytes,
 )
-from runtime_cpu.tokenizer import Tokenizer
+from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
 KERNELS_VARIABLE = "RUNTIME_CPU_KERNELS"
 MAX_THREADS = 256
-_CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 256
 _CONTEXT_STEP = 256
+_WORTH_OFFLOADING = 4096  # a shorter context than this is not worth keeping all experts in memory
+_RESERVE_BYTES = 24 << 20  # for what Python allocates while it serves
+_HUGE_PAGE = 2 << 20
 _DEFAULT_SESSIONS = 4
 
 
@@ -128,6 +132,9 @@ class Engine:
         sessions: int | None = None,
         chunk_tokens: int = _CHUNK_TOKENS,
         wait_s: float = 600.0,
+        reader: str = "auto",
+        policy: str | None = None,
+        speculate: bool = True,
     ) -> Engine:
         """Map a GGUF file and prepare to run it.
 
@@ -135,12 +142,18 @@ class Engine:
             threads: computing threads, 1 to 256; by default the cores that this process may use.
             context: tokens per sequence, 1 to the model's ``context_length``; by default all of it, or as much as
                 ``memory`` allows.
-            memory: bytes for everything (weights, KV cache, scratch, interpreter): a number or ``"1GiB"``.
+            memory: bytes for the whole process (weights, KV cache, scratch, tokenizer, interpreter): a number or
+                ``"1GiB"``. When not all experts fit, they are read from the file as they are needed.
             kernels: ``"auto"`` or a name of :func:`available_kernels`; by default ``$RUNTIME_CPU_KERNELS``, else auto.
             kv_type: ``"f32"``, ``"f16"`` or ``"auto"`` (f32 for files that hold F32 weights only).
             sessions: generations open at once; by default 4, fewer if ``memory`` is short.
             chunk_tokens: prompt tokens computed together, 1 to 4096.
             wait_s: how long a further generation waits for a free sequence state.
+            reader: how experts are read under a budget: ``"io_uring"``, ``"threads"`` or ``"page_cache"``; by default
+                the first that works.
+            policy: which experts make room: ``"lru"``, ``"lfu"``, ``"lrfu"``, … (docs/engine.md); by default the best of
+                our measurements.
+            speculate: read what the next layer will probably want while the disk would idle.
 
         Raises:
             FileNotFoundError: no such file.
@@ -169,10 +182,27 @@ class Engine:
             warnings.warn(f"{file.name}: {message}", stacklevel=2)
         if context is not None:
             context = _integer("context", context, 1, model.context_length)
-        planner = functools.partial(_plan, model, threads, kv_type, chunk_tokens, budget)
-        context, sessions, plan = _fit(model, planner, context, sessions, budget)
-        runtime = _core.Runtime(model, threads, context, kv_type, kernels, chunk_tokens)
-        metadata = model.metadata()
+        metadata = model.metadata(arrays=False)
+        tokenizer = None
+        if budget is not None:
+            # A promise over the whole process: what would be loaded later is loaded, and counted, now.
+            with suppress(TokenizerError):
+                tokenizer = Tokenizer.from_metadata(model.metadata())
+            release_free_memory()
+        planner = _Planner(model, threads, kv_type, chunk_tokens, kernels, budget)
+        context, sessions, plan = planner.fit(context, sessions)
+        runtime = _core.Runtime(
+            model,
+            threads,
+            context,
+            kv_type,
+            kernels,
+            chunk_tokens,
+            plan.expert_bytes if plan.offloads else 0,
+            reader,
+            policy or "",
+            speculate,
+        )
         info = ModelInfo(
             path=str(file),
             name=str(metadata.get("general.name", file.stem)),
@@ -206,7 +236,10 @@ class Engine:
             plan=plan,
             warnings=tuple(model.warnings),
         )
-        return cls(runtime, model, info, chunk_tokens, wait_s)
+        engine = cls(runtime, model, info, chunk_tokens, wait_s)
+        if tokenizer is not None:
+            engine.__dict__["tokenizer"] = tokenizer
+        return engine
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
@@ -241,7 +274,7 @@ class Engine:
 
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate.from_metadata(self.metadata, self.tokenizer)
+        return ChatTemplate.from_metadata(self._model.metadata(arrays=False), self.tokenizer)
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after every one of ``token_ids`` [T]: float32 [T, V]; row t predicts token t + 1.
@@ -426,57 +459,90 @@ def _integer(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def _plan(
-    model: _core.Model,
-    threads: int,
-    kv_type: str,
-    chunk_tokens: int,
-    budget: int | None,
-    context: int,
-    sessions: int,
-) -> MemoryPlan:
-    plan = _core.plan(model, threads, context, kv_type, chunk_tokens)
-    return MemoryPlan(
-        weight_bytes=plan.weight_bytes,
-        kv_bytes=plan.kv_bytes_per_session * sessions,
-        scratch_bytes=plan.scratch_bytes,
-        interpreter_bytes=resident_bytes(),
-        budget_bytes=budget,
-    )
+class _Planner:
+    """Finds context, sessions and room for experts within a budget."""
 
+    def __init__(
+        self, model: _core.Model, threads: int, kv_type: str, chunk_tokens: int, kernels: str, budget: int | None
+    ) -> None:
+        self._model = model
+        self._budget = budget
+        self._arguments = (threads, kv_type, chunk_tokens, kernels)
+        self._interpreter_bytes = resident_bytes() + (0 if budget is None else _RESERVE_BYTES)
+        self._all_experts = model.layers * model.experts
 
-def _fit(
-    model: _core.Model,
-    planner: Any,
-    context: int | None,
-    sessions: int | None,
-    budget: int | None,
-) -> tuple[int, int, MemoryPlan]:
-    """Choose context and sessions: what was asked for, else the most that the budget allows."""
-    whole = model.context_length
-    if budget is None:
-        context, sessions = context or whole, sessions or _DEFAULT_SESSIONS
-        return context, sessions, planner(context, sessions)
-    session_choices = [sessions] if sessions else list(range(_DEFAULT_SESSIONS, 0, -1))
-    if context is not None:
-        for count in session_choices:
-            plan: MemoryPlan = planner(context, count)
-            if plan.total_bytes <= budget:
-                return context, count, plan
-    else:
-        # One long sequence is worth more than several short ones: first the context, then the sessions.
+    def plan(self, context: int, sessions: int, slots: int | None = None) -> MemoryPlan:
+        """With all experts in memory, or room for ``slots`` of them."""
+        threads, kv_type, chunk_tokens, kernels = self._arguments
+        base = _core.plan(self._model, threads, context, kv_type, chunk_tokens, kernels, slots is not None)
+        experts = self._all_experts if base.expert_bytes else 0
+        held = experts if slots is None else min(slots, experts)
+        return MemoryPlan(
+            weight_bytes=base.weight_bytes,
+            expert_bytes=_whole_pages(held * base.expert_bytes),
+            experts_in_memory=held,
+            experts=experts,
+            kv_bytes=base.kv_bytes_per_session * sessions,
+            scratch_bytes=base.scratch_bytes + (base.offload_bytes if held < experts else 0),
+            interpreter_bytes=self._interpreter_bytes,
+            budget_bytes=self._budget,
+        )
+
+    def fit(self, context: int | None, sessions: int | None) -> tuple[int, int, MemoryPlan]:
+        """What was asked for, else the most that the budget allows.
+
+        Everything in memory comes first, if need be with a shorter context; then as many experts as fit beside a context
+        whose KV cache takes at most an eighth of the budget.
+        """
+        whole = self._model.context_length
+        if self._budget is None:
+            context, sessions = context or whole, sessions or _DEFAULT_SESSIONS
+            return context, sessions, self.plan(context, sessions)
+        session_choices = [sessions] if sessions else list(range(_DEFAULT_SESSIONS, 0, -1))
         least = session_choices[-1]
-        sizes = [whole, *range((whole - 1) // _CONTEXT_STEP * _CONTEXT_STEP, 0, -_CONTEXT_STEP)]
-        fitting = next((size for size in sizes if planner(size, least).total_bytes <= budget), None)
-        if fitting is not None:
-            for count in session_choices:
-                plan = planner(fitting, count)
-                if plan.total_bytes <= budget:
-                    return fitting, count, plan
-    smallest = planner(context or min(whole, _CONTEXT_STEP), session_choices[-1])
-    needed = smallest.total_bytes
-    raise MemoryBudgetError(
-        f"memory is {format_bytes(budget)} and the smallest plan needs {smallest}; "
-        f"allow at least {needed} bytes ({needed / 2**20:.1f} MiB)",
-        needed,
-    )
+        steps = range((whole - 1) // _CONTEXT_STEP * _CONTEXT_STEP, 0, -_CONTEXT_STEP)
+        contexts = [context] if context else [whole, *steps]
+        can_offload = self._can_offload()
+        for size in contexts:
+            if can_offload and size < min(contexts[0], _WORTH_OFFLOADING):
+                break
+            if self._fits(self.plan(size, least)):
+                # One long sequence is worth more than several short ones: first the context, then the sessions.
+                for count in session_choices:
+                    plan = self.plan(size, count)
+                    if self._fits(plan):
+                        return size, count, plan
+        smallest = context or min(whole, _CONTEXT_STEP)
+        needed = self.plan(smallest, least, self._model.experts_per_token if can_offload else None)
+        if not self._fits(needed):
+            total = needed.total_bytes
+            raise MemoryBudgetError(
+                f"memory is {format_bytes(self._budget)} and the smallest plan needs {needed}; "
+                f"allow at least {total} bytes ({total / 2**20:.1f} MiB)",
+                total,
+            )
+        if not can_offload:
+            return smallest, least, needed
+        offloading = [size for size in contexts if size <= _WORTH_OFFLOADING] or contexts[-1:]
+        for size in offloading:
+            plan = self._with_most_experts(size, least)
+            if plan is not None and (context or plan.kv_bytes <= self._budget // 8 or size == offloading[-1]):
+                return size, least, plan
+        return smallest, least, self._with_most_experts(smallest, least) or needed
+
+    def _fits(self, plan: MemoryPlan) -> bool:
+        return self._budget is None or plan.total_bytes <= self._budget
+
+    def _can_offload(self) -> bool:
+        return self.plan(1, 1, 1).experts > 0
+
+    def _with_most_experts(self, context: int, sessions: int) -> MemoryPlan | None:
+        assert self._budget is not None
+        empty = self.plan(context, sessions, 0)
+        room = (self._budget - empty.total_bytes) // _HUGE_PAGE * _HUGE_PAGE
+        slots = room // self._model.expert_bytes
+        return self.plan(context, sessions, slots) if slots >= self._model.experts_per_token else None
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // _HUGE_PAGE) * _HUGE_PAGE

@@ -52,6 +52,10 @@ class Stats:
         active_neuron_share: share of the experts' neurons that were above zero, over all tokens computed.
         active_neuron_share_by_layer: the same per layer.
         expert_counts: how often each expert was chosen, [layers][experts].
+        cache_hits, cache_misses: experts found in memory (or on their way there) and experts read from the file,
+            counted once per layer and batch; both 0 when all experts stay in memory.
+        bytes_read: read from the file meanwhile, guesses included.
+        io_wait_s: time that computing threads waited for experts, summed over the threads.
         finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
         stop_id: the stop token that ended it.
         seed: what reproduces the sampling.
@@ -66,6 +70,10 @@ class Stats:
     active_neuron_share: float = 0.0
     active_neuron_share_by_layer: list[float] = field(default_factory=list)
     expert_counts: list[list[int]] = field(default_factory=list)
+    cache_hits: int = 0
+    cache_misses: int = 0
+    bytes_read: int = 0
+    io_wait_s: float = 0.0
     peak_rss_bytes: int = 0
     finish_reason: str | None = None
     stop_id: int | None = None
@@ -81,10 +89,18 @@ class Stats:
         """Take over what the core counted: neurons seen and active per layer, choices per expert."""
         neurons, active = counters["neurons"], counters["active_neurons"]
         self.expert_counts = counters["expert_counts"]
+        self.cache_hits, self.cache_misses = counters["cache_hits"], counters["cache_misses"]
+        self.bytes_read, self.io_wait_s = counters["bytes_read"], counters["waited_s"]
         self.active_neuron_share = sum(active) / max(sum(neurons), 1)
         self.active_neuron_share_by_layer = [
             on / max(seen, 1) for on, seen in zip(active, neurons, strict=True)
         ]
+
+    @property
+    def cache_hit_rate(self) -> float:
+        """Share of the experts asked for that needed no read; 1.0 when none was asked for."""
+        asked = self.cache_hits + self.cache_misses
+        return self.cache_hits / asked if asked else 1.0
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -194,10 +193,10 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _memory(model: _core.Model, budget: int | None, context: int | None, threads: int) -> dict[str, Any]:
     """The plan of ``Engine.open`` with its defaults, by part, and the smallest budget that would do."""
-    planner = functools.partial(engine._plan, model, threads, "auto", engine._CHUNK_TOKENS)
 
     def fit(limit: int | None) -> tuple[int, int, MemoryPlan]:
-        return engine._fit(model, functools.partial(planner, limit), context, None, limit)
+        planner = engine._Planner(model, threads, "auto", engine._CHUNK_TOKENS, "auto", limit)
+        return planner.fit(context, None)
 
     try:
         fit(1)

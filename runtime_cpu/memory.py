@@ -6,6 +6,8 @@ plan = MemoryPlan(...); plan.total_bytes
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import resource
 import sys
@@ -76,11 +78,30 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def release_free_memory() -> None:
+    """Give memory that Python and its libraries have freed back to the system, where the C library can (glibc)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. Weights are mapped from the file and count in full: decoding touches all of them."""
+    """Bytes by purpose, for the whole process.
+
+    Attributes:
+        weight_bytes: weights that always stay in memory, without the experts below.
+        expert_bytes: room for experts: ``experts_in_memory`` of ``experts``; the others are read on demand. 0 of 0 when
+            this file's experts can only be mapped: they are part of ``weight_bytes`` then.
+        kv_bytes, scratch_bytes: keys and values of all sessions; what a forward pass writes, and buffers for reading.
+        interpreter_bytes: what the process holds before loading, and a reserve for what it will allocate besides.
+    """
 
     weight_bytes: int
+    expert_bytes: int
+    experts_in_memory: int
+    experts: int
     kv_bytes: int
     scratch_bytes: int
     interpreter_bytes: int
@@ -89,16 +110,25 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weight_bytes + self.kv_bytes + self.scratch_bytes + self.interpreter_bytes
+        parts = (self.weight_bytes, self.expert_bytes, self.kv_bytes, self.scratch_bytes, self.interpreter_bytes)
+        return sum(parts)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether some experts stay on disk."""
+        return self.experts_in_memory < self.experts
 
     def __str__(self) -> str:
-        parts = ", ".join(
+        experts = f"experts {format_bytes(self.expert_bytes)}"
+        if self.offloads:
+            experts += f" for {self.experts_in_memory} of {self.experts}"
+        parts = [f"weights {format_bytes(self.weight_bytes)}", *([experts] if self.experts else [])]
+        parts += [
             f"{name} {format_bytes(size)}"
             for name, size in (
-                ("weights", self.weight_bytes),
                 ("KV cache", self.kv_bytes),
                 ("scratch", self.scratch_bytes),
                 ("interpreter", self.interpreter_bytes),
             )
-        )
-        return f"{format_bytes(self.total_bytes)} ({parts})"
+        ]
+        return f"{format_bytes(self.total_bytes)} ({', '.join(parts)})"

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "checksum.hpp"
 #include "model.hpp"
 #include "runtime.hpp"
 #include "sampler.hpp"
@@ -67,9 +68,11 @@ nb::object to_python(const st::GgufValue& value) {
   return to_python(std::get<st::GgufArray>(value));
 }
 
-nb::dict metadata(const PyModel& self) {
+nb::dict metadata(const PyModel& self, bool arrays) {
   nb::dict result;
-  for (const auto& [key, value] : self.model->file.values()) result[to_text(key)] = to_python(value);
+  for (const auto& [key, value] : self.model->file.values()) {
+    if (arrays || !std::holds_alternative<st::GgufArray>(value)) result[to_text(key)] = to_python(value);
+  }
   return result;
 }
 
@@ -125,6 +128,10 @@ nb::dict take_counters(PySession& self) {
   result["neurons"] = neurons;
   result["active_neurons"] = active;
   result["expert_counts"] = choices;
+  result["cache_hits"] = counters.cache_hits;
+  result["cache_misses"] = counters.cache_misses;
+  result["bytes_read"] = counters.bytes_read;
+  result["waited_s"] = counters.waited_s;
   return result;
 }
 
@@ -133,7 +140,106 @@ st::RuntimeOptions options(int threads, std::int64_t context, const std::string&
   if (threads < 1 || threads > 1024 || context < 1 || chunk < 1 || chunk > (1 << 16)) {
     throw st::EngineError("threads, context and chunk_tokens have to be positive and sensible");
   }
-  return {threads, context, chunk, kernels, kv_type};
+  st::RuntimeOptions result;
+  result.threads = threads;
+  result.context = context;
+  result.chunk = chunk;
+  result.kernels = kernels;
+  result.kv_type = kv_type;
+  return result;
+}
+
+using ByteArray = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
+
+ByteArray new_bytes(std::size_t size, std::byte*& data) {
+  data = new std::byte[size];
+  return ByteArray(data, {size}, nb::capsule(data, [](void* memory) noexcept {
+                     delete[] static_cast<std::byte*>(memory);
+                   }));
+}
+
+const st::Layer& layer_of(const PyModel& model, std::int64_t layer) {
+  if (layer < 0 || layer >= model.model->hyper.layers)
+    throw st::EngineError("there is no layer " + std::to_string(layer));
+  return model.model->layers[static_cast<std::size_t>(layer)];
+}
+
+// A Q4_0 matrix of a stock file in tiles.
+ByteArray pack_tiles(const PyModel& model, const std::string& name, int threads) {
+  const st::GgufTensor* tensor = model.model->file.find_tensor(name);
+  if (tensor == nullptr || tensor->type != st::Type::kQ4_0 || tensor->shape[2] != 1) {
+    throw st::EngineError("the file has no Q4_0 matrix '" + name + "'");
+  }
+  const st::Matrix matrix =
+      st::make_matrix(model.model->file.data(*tensor), tensor->type, tensor->shape[0], tensor->shape[1]);
+  const st::TileMatrix tiled{nullptr, matrix.rows, matrix.cols};
+  std::byte* data = nullptr;
+  ByteArray result = new_bytes(tiled.bytes(), data);
+  const nb::gil_scoped_release release;
+  st::ThreadPool pool(threads);
+  pool.run(tiled.tiles(), [&](std::int64_t tile, int) {
+    st::pack_tiles(matrix, 0, tile, tile + 1, data + static_cast<std::size_t>(tile) * tiled.tile_bytes());
+  });
+  model.model->forget_pages();
+  return result;
+}
+
+// Experts `ids` of a layer of a stock file, one after the other, and the checksums of their two parts.
+nb::tuple pack_experts(const PyModel& model, std::int64_t layer, const std::vector<std::int64_t>& ids,
+                       int threads) {
+  const st::Layer& from = layer_of(model, layer);
+  const st::ExpertShape shape = model.model->expert_shape();
+  for (const std::int64_t id : ids) {
+    if (id < 0 || id >= model.model->hyper.experts)
+      throw st::EngineError("there is no expert " + std::to_string(id));
+  }
+  for (const st::Matrix* matrix : {&from.gate, &from.up, &from.down}) {
+    if (matrix->data == nullptr || matrix->type != st::Type::kQ4_0) {
+      throw st::EngineError("only the Q4_0 experts of a stock file can be packed");
+    }
+  }
+  std::byte* data = nullptr;
+  ByteArray result = new_bytes(ids.size() * shape.bytes(), data);
+  std::vector<std::uint64_t> sums(2 * ids.size());
+  {
+    const nb::gil_scoped_release release;
+    st::ThreadPool pool(threads);
+    pool.run(static_cast<std::int64_t>(ids.size()), [&](std::int64_t i, int) {
+      const auto at = static_cast<std::size_t>(i);
+      std::byte* out = data + at * shape.bytes();
+      st::pack_gate(from.gate, ids[at], shape, out);
+      st::pack_up(from.up, ids[at], shape, out);
+      st::pack_down(from.down, ids[at], shape, out);
+      sums[2 * at] = st::checksum64(out, shape.gate_bytes());
+      sums[2 * at + 1] = st::checksum64(out + shape.gate_bytes(), shape.bytes() - shape.gate_bytes());
+    });
+    model.model->forget_pages();
+  }
+  return nb::make_tuple(result, sums);
+}
+
+using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::dict expert_counters(const PyRuntime& self) {
+  nb::dict result;
+  const st::ExpertStore* store = self.runtime.experts();
+  if (store == nullptr || !store->offloads()) return result;
+  const st::CacheCounters counters = store->counters();
+  result["slots"] = store->cache()->slots();
+  result["policy"] = std::string(store->cache()->policy());
+  result["backend"] = store->reader()->backend();
+  result["backend_reason"] = store->reader()->reason();
+  result["hits"] = counters.hits;
+  result["joined"] = counters.joined;
+  result["misses"] = counters.misses;
+  result["evictions"] = counters.evictions;
+  result["speculated"] = counters.speculated;
+  result["speculated_used"] = counters.speculated_used;
+  result["speculated_wasted"] = counters.speculated_wasted;
+  result["failures"] = counters.failures;
+  result["bytes_read"] = counters.bytes_read;
+  result["waited_s"] = counters.waited_s;
+  return result;
 }
 
 nb::tuple sample(st::Sampler& self, const LogitRow& logits, std::int64_t top) {
@@ -159,7 +265,7 @@ NB_MODULE(_core, m) {
                     const nb::gil_scoped_release release;
                     return PyModel{st::Model::open(path)};
                   })
-      .def("metadata", &metadata)
+      .def("metadata", &metadata, nb::arg("arrays") = true)
       .def("tensors", &tensors)
       .def_prop_ro("path", [](const PyModel& s) { return s.model->path; })
       .def_prop_ro("warnings", [](const PyModel& s) { return s.model->warnings; })
@@ -188,15 +294,27 @@ NB_MODULE(_core, m) {
                    [](const PyModel& s) { return std::string(st::traits_of(s.model->main_type).name); })
       .def_prop_ro("file_bytes", [](const PyModel& s) { return s.model->file_bytes; })
       .def_prop_ro("weight_bytes", [](const PyModel& s) { return s.model->weight_bytes; })
-      .def_prop_ro("parameters", [](const PyModel& s) { return s.model->parameters; });
+      .def_prop_ro("parameters", [](const PyModel& s) { return s.model->parameters; })
+      .def_prop_ro("packed", [](const PyModel& s) { return s.model->packed; })
+      .def_prop_ro("expert_bytes", [](const PyModel& s) { return s.model->expert_shape().bytes(); })
+      .def("pack_tiles", &pack_tiles, nb::arg("name"), nb::arg("threads") = 1)
+      .def("pack_experts", &pack_experts, nb::arg("layer"), nb::arg("ids"), nb::arg("threads") = 1);
+  m.def("checksum64", [](const ConstBytes& data) {
+    const nb::gil_scoped_release release;
+    return st::checksum64(reinterpret_cast<const std::byte*>(data.data()), data.shape(0));
+  });
 
   nb::class_<st::Plan>(m, "Plan")
       .def_ro("weight_bytes", &st::Plan::weight_bytes)
+      .def_ro("expert_bytes", &st::Plan::expert_bytes)
+      .def_ro("offload_bytes", &st::Plan::offload_bytes)
       .def_ro("kv_bytes_per_session", &st::Plan::kv_bytes_per_session)
       .def_ro("scratch_bytes", &st::Plan::scratch_bytes);
   m.def("plan", [](const PyModel& model, int threads, std::int64_t context, const std::string& kv_type,
-                   std::int64_t chunk) {
-    return st::make_plan(*model.model, options(threads, context, kv_type, "auto", chunk));
+                   std::int64_t chunk, const std::string& kernels, bool offload) {
+    st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
+    chosen.experts.cache_bytes = offload ? 1 : 0;
+    return st::make_plan(*model.model, chosen);
   });
   m.def("available_kernels", [] {
     std::vector<std::string> names;
@@ -213,10 +331,23 @@ NB_MODULE(_core, m) {
   nb::class_<PyRuntime>(m, "Runtime")
       .def("__init__",
            [](PyRuntime* self, const PyModel& model, int threads, std::int64_t context,
-              const std::string& kv_type, const std::string& kernels, std::int64_t chunk) {
-             new (self)
-                 PyRuntime{model.model, {model.model, options(threads, context, kv_type, kernels, chunk)}};
+              const std::string& kv_type, const std::string& kernels, std::int64_t chunk,
+              std::uint64_t expert_cache_bytes, const std::string& backend, const std::string& policy,
+              bool speculate) {
+             st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
+             chosen.experts.cache_bytes = expert_cache_bytes;
+             chosen.experts.backend = backend;
+             if (!policy.empty()) chosen.experts.policy = policy;
+             chosen.speculate = speculate;
+             const nb::gil_scoped_release release;
+             new (self) PyRuntime{model.model, {model.model, chosen}};
            })
+      .def("load_all",
+           [](PyRuntime& s) {
+             const nb::gil_scoped_release release;
+             if (s.runtime.experts() != nullptr) s.runtime.experts()->load_all();
+           })
+      .def("expert_counters", &expert_counters)
       .def("new_session",
            [](const PyRuntime& s) {
              return PySession{s.model, st::Session(s.runtime.kv_layout(), s.model->hyper)};

@@ -502,6 +502,15 @@ std::vector<ExpertKey> ExpertCache::by_popularity() const {
   return order;
 }
 
+bool ExpertCache::ready(int layer, int expert) const {
+  const std::int32_t slot = slot_of_[key_of(layer, expert)].load(std::memory_order_acquire);
+  if (slot < 0) return false;
+  const Part* parts = slots_[at(slot)].parts;
+  return std::all_of(parts, parts + parts_, [](const Part& part) {
+    return part.stage.load(std::memory_order_acquire) == Stage::kReady;
+  });
+}
+
 bool ExpertCache::in_memory(int layer, int expert) const {
   return slot_of_[key_of(layer, expert)].load(std::memory_order_acquire) >= 0;
 }

@@ -115,6 +115,7 @@ class ExpertCache {
   std::vector<ExpertKey> by_popularity() const;  // for warm(); by the layout's prior, most used first
 
   bool in_memory(int layer, int expert) const;  // or on its way
+  bool ready(int layer, int expert) const;      // every part: wait() would not block
   int slots() const { return slot_count_; }
   std::size_t memory_bytes() const;  // slots, staging buffers and bookkeeping
   CacheCounters counters() const;

@@ -3,6 +3,8 @@
 // Sums have one order whatever the batch and the threads: the neurons of a slice, the slices of an expert,
 // the experts of a token, each ascending.
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 #include "runtime.hpp"
 
@@ -94,8 +96,44 @@ void Runtime::gate_and_up(const Layer& layer, Task& task) {
   }
 }
 
+// Which experts of the layer the batch needs; starts reading them when they are on disk.
+void Runtime::request_experts(std::int64_t index, std::int64_t tokens) {
+  ExpertStore& store = *weights_.experts;
+  wave_.clear();
+  for (std::int32_t e = 0; e < model_->hyper.experts; ++e) {
+    if (scratch_.expert_begin[e + 1] > scratch_.expert_begin[e]) wave_.push_back(e);
+  }
+  requested_ = static_cast<std::int64_t>(wave_.size()) <= store.most_at_once();
+  if (requested_) store.request(index, wave_);
+  // A prompt uses nearly all experts of every layer.
+  if (requested_ && tokens * model_->hyper.experts_per_token >= 2 * model_->hyper.experts &&
+      index + 1 < model_->hyper.layers) {
+    store.speculate(index + 1, wave_);
+  }
+}
+
+// The next layer's router on the residual stream as it is now: mostly right, and the disk would idle.
+void Runtime::guess_next(std::int64_t index) {
+  const Hyperparameters& hyper = model_->hyper;
+  if (!speculate_ || index + 1 >= hyper.layers || !weights_.experts->idle()) return;
+  const Linear& router = weights_.layers[static_cast<std::size_t>(index + 1)].router;
+  if (router.quantised()) return;
+  std::vector<float>& logits = guess_logits_;
+  logits.resize(static_cast<std::size_t>(hyper.experts));
+  kernels_.matmul(router.stock, 0, 0, hyper.experts, scratch_.x.view(), 1, logits.data(), hyper.experts);
+  guess_.resize(logits.size());
+  std::iota(guess_.begin(), guess_.end(), 0);
+  std::partial_sort(guess_.begin(), guess_.begin() + hyper.experts_per_token, guess_.end(),
+                    [&](std::int32_t a, std::int32_t b) {
+                      return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
+                    });
+  guess_.resize(static_cast<std::size_t>(hyper.experts_per_token));
+  weights_.experts->speculate(index + 1, guess_);
+}
+
 void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
   const Hyperparameters& hyper = model_->hyper;
+  ExpertStore& store = *weights_.experts;
   const auto at = static_cast<std::size_t>(index);
   const std::int64_t slots = tokens * hyper.experts_per_token;
   for (std::int64_t e = 0; e < hyper.experts; ++e) {
@@ -103,23 +141,54 @@ void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
         static_cast<std::uint64_t>(scratch_.expert_begin[e + 1] - scratch_.expert_begin[e]);
   }
   counters_.neurons[at] += static_cast<std::uint64_t>(slots * hyper.expert_hidden);
-  if (slots <= kSplitSlots) {
-    split_slots(index, slots);
-  } else {
-    token_blocks(index);
+  if (!store.offloads()) request_experts(index, tokens);
+  if (store.offloads() && tokens == 1) guess_next(index);
+  // More experts than the cache has room for come in waves.
+  const std::vector<std::int32_t> all = wave_;
+  const auto room = static_cast<std::size_t>(store.most_at_once());
+  for (std::size_t begin = 0; begin < all.size(); begin += room) {
+    const std::size_t end = std::min(begin + room, all.size());
+    wave_.assign(all.begin() + static_cast<std::ptrdiff_t>(begin),
+                 all.begin() + static_cast<std::ptrdiff_t>(end));
+    if (!requested_) store.request(index, wave_);
+    // Pieces are claimed from the back: experts that are there come first, then the others as their reads
+    // end.
+    std::reverse(wave_.begin(), wave_.end());
+    std::stable_partition(wave_.begin(), wave_.end(), [&](std::int32_t e) { return !store.ready(index, e); });
+    if (slots <= kSplitSlots) {
+      split_slots(index);
+    } else {
+      token_blocks(index);
+    }
+    for (const Task& task : tasks_) counters_.active_neurons[at] += task.active;
+    tasks_.clear();
+    store.release(index);
+    if (failed_.exchange(false)) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
-  for (const Task& task : tasks_) counters_.active_neurons[at] += task.active;
-  tasks_.clear();
   sum_experts(tokens, scratch_.down, weights_.plan.expert.padded());
 }
 
+// Weights that cannot be had end this batch; the workers themselves must not throw.
+template <typename Work>
+void Runtime::run_packed(const Work& work) {
+  pool_.run(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t piece, int thread) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    try {
+      work(tasks_[static_cast<std::size_t>(piece)], thread);
+    } catch (const EngineError&) {
+      const std::lock_guard lock(failure_mutex_);
+      if (!failed_.exchange(true)) failure_ = std::current_exception();
+    }
+  });
+}
+
 // Few (token, expert) pairs: every slice of every pair is a piece of work.
-void Runtime::split_slots(std::int64_t layer, std::int64_t slots) {
+void Runtime::split_slots(std::int64_t layer) {
   Scratch& s = scratch_;
   const ExpertShape& shape = weights_.plan.expert;
   const ExpertSlices slices(shape);
   const std::int64_t padded = shape.padded();
-  for (std::int64_t e = 0; e < model_->hyper.experts; ++e) {
+  for (const std::int32_t e : wave_) {
     for (std::int64_t slot = s.expert_begin[e]; slot < s.expert_begin[e + 1]; ++slot) {
       for (std::int64_t slice = 0; slice < slices.count; ++slice) {
         Task task{};
@@ -130,26 +199,30 @@ void Runtime::split_slots(std::int64_t layer, std::int64_t slots) {
       }
     }
   }
-  pool_.run(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t piece, int thread) {
-    Task& task = tasks_[static_cast<std::size_t>(piece)];
-    const std::byte* expert = weights_.expert(layer, task.expert);
+  run_packed([&](Task& task, int thread) {
     const Activations x = s.normed.view(s.slot_tokens + task.first_slot);
     float* gates = s.thread_gates + thread * kTokenBlock * slices.neurons();
     float* out = s.partial + (task.first_slot * slices.count + task.row_begin) * padded;
     std::fill_n(out, padded, 0.0F);
     const std::int64_t begin = slices.begin(task.row_begin);
     const std::int64_t end = slices.end(task.row_begin);
-    kernels_.tiles(shape.gate(expert), 2 * begin, 2 * end, x, 1, gates, 0);
+    const std::byte* gate = weights_.experts->gate(layer, task.expert);
+    kernels_.tiles(shape.gate(gate), 2 * begin, 2 * end, x, 1, gates, 0);
+    const std::byte* expert = weights_.experts->whole(layer, task.expert);
     task.active = static_cast<std::uint64_t>(kernels_.neurons(shape, expert, begin, end, gates, x, 0, out));
   });
-  each_row(slots, [&](std::int64_t slot) {
-    float* sum = s.down + slot * padded;
-    const float* part = s.partial + slot * slices.count * padded;
-    std::copy_n(part, padded, sum);
-    for (std::int64_t slice = 1; slice < slices.count; ++slice) {
-      kernels_.add_scaled(sum, part + slice * padded, padded, 1.0F);
-    }
-  });
+  if (failed_.load()) return;
+  for (const std::int32_t e : wave_) {
+    const std::int64_t first = s.expert_begin[e];
+    each_row(s.expert_begin[e + 1] - first, [&](std::int64_t i) {
+      float* sum = s.down + (first + i) * padded;
+      const float* part = s.partial + (first + i) * slices.count * padded;
+      std::copy_n(part, padded, sum);
+      for (std::int64_t slice = 1; slice < slices.count; ++slice) {
+        kernels_.add_scaled(sum, part + slice * padded, padded, 1.0F);
+      }
+    });
+  }
 }
 
 // Many pairs: a piece of work is an expert with some of its tokens; its weights stay in the cache from token
@@ -159,7 +232,7 @@ void Runtime::token_blocks(std::int64_t layer) {
   const ExpertShape& shape = weights_.plan.expert;
   const ExpertSlices slices(shape);
   const std::int64_t padded = shape.padded();
-  for (std::int64_t e = 0; e < model_->hyper.experts; ++e) {
+  for (const std::int32_t e : wave_) {
     for (std::int64_t slot = s.expert_begin[e]; slot < s.expert_begin[e + 1]; slot += kTokenBlock) {
       Task task{};
       task.expert = e;
@@ -168,12 +241,12 @@ void Runtime::token_blocks(std::int64_t layer) {
       tasks_.push_back(task);
     }
   }
-  pool_.run(static_cast<std::int64_t>(tasks_.size()), [&](std::int64_t piece, int thread) {
-    Task& task = tasks_[static_cast<std::size_t>(piece)];
-    const std::byte* expert = weights_.expert(layer, task.expert);
+  run_packed([&](Task& task, int thread) {
     const Activations x = s.normed.view(s.slot_tokens + task.first_slot);
     float* gates = s.thread_gates + thread * kTokenBlock * slices.neurons();
     float* part = s.thread_sums + thread * padded;
+    weights_.experts->gate(layer, task.expert);
+    const std::byte* expert = weights_.experts->whole(layer, task.expert);
     for (std::int64_t slice = 0; slice < slices.count; ++slice) {
       const std::int64_t begin = slices.begin(slice);
       const std::int64_t end = slices.end(slice);

@@ -224,6 +224,8 @@ void matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, s
     case Type::kQ6_K:
       return matmul_rows<QuantisedTile, RowQ6>(matrix, expert, row_begin, row_end, x, tokens, out,
                                                out_stride);
+    case Type::kI8:  // refused when the file is opened
+      return;
   }
 }
 

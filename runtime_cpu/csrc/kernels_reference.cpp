@@ -215,6 +215,8 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
       case Type::kQ6_K:
         dequantise_q6_k(data, out + start);
         break;
+      case Type::kI8:
+        throw std::logic_error("packed bytes have no rows");
     }
   }
 }

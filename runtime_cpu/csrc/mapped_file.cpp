@@ -31,4 +31,6 @@ MappedFile::MappedFile(const std::string& path) {
 
 MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), size_); }
 
+void MappedFile::forget_pages() const { ::madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED); }
+
 }  // namespace smallthinker

@@ -18,6 +18,8 @@ class MappedFile {
   MappedFile& operator=(MappedFile&&) = delete;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
+  // Drop the pages read so far from this process; the next access brings them back.
+  void forget_pages() const;
 
  private:
   const std::byte* data_ = nullptr;

@@ -1,5 +1,6 @@
 #include "model.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <map>
@@ -124,6 +125,8 @@ Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::stri
   return hyper;
 }
 
+constexpr std::uint64_t kPackedVersion = 1;
+
 class Tensors {
  public:
   Tensors(const GgufFile& file, Model& model) : file_(file), model_(model) {}
@@ -132,12 +135,49 @@ class Tensors {
 
   Matrix matrix(const std::string& name, std::int64_t cols, std::int64_t rows, std::int64_t experts = 1) {
     const GgufTensor& tensor = take(name, {cols, rows, experts, 1});
+    if (tensor.type == Type::kI8)
+      throw ModelFileError("the tensor '" + name + "' has the type I8, which is no weight's");
+    model_.parameters += cols * rows * experts;
+    bytes_by_type[tensor.type] += tensor.bytes;
     return make_matrix(file_.data(tensor), tensor.type, cols, rows, experts);
+  }
+
+  // `name`.weight in stock rows, or `name`.tiles.
+  Linear linear(const std::string& name, std::int64_t cols, std::int64_t rows) {
+    if (!model_.packed || !has(name + ".tiles")) return {matrix(name + ".weight", cols, rows), {}, 0};
+    Linear result;
+    if (cols % kActivationBlock != 0)
+      throw ModelFileError(name + ".tiles: its " + std::to_string(cols) +
+                           " columns are no whole blocks of 32");
+    result.tiles = {nullptr, rows, cols};
+    const auto bytes = static_cast<std::int64_t>(result.tiles.tile_bytes());
+    result.tiles.data = packed(name + ".tiles", {bytes, result.tiles.tiles(), 1, 1});
+    const std::string key_name = key("packed.checksum." + name);
+    const auto* checksum = std::get_if<std::uint64_t>(file_.find(key_name));
+    if (checksum == nullptr) throw ModelFileError("the file has no " + key_name);
+    result.checksum = *checksum;
+    model_.parameters += cols * rows;
+    bytes_by_type[Type::kQ4_0] += result.tiles.bytes();
+    return result;
+  }
+
+  const std::byte* packed(const std::string& name, const std::array<std::int64_t, 4>& shape) {
+    const GgufTensor& tensor = take(name, shape);
+    if (tensor.type != Type::kI8) {
+      throw ModelFileError("the tensor '" + name + "' has the type " + traits_of(tensor.type).name +
+                           "; packed ones are I8");
+    }
+    if (tensor.offset % 4096 != 0)
+      throw ModelFileError("the tensor '" + name + "' does not start at a multiple of 4096");
+    return file_.data(tensor);
   }
 
   // Norm weights are few: they are copied to fp32, whatever they are stored as.
   std::vector<float> vector(const std::string& name, std::int64_t size) {
     const GgufTensor& tensor = take(name, {size, 1, 1, 1});
+    if (tensor.type == Type::kI8)
+      throw ModelFileError("the tensor '" + name + "' has the type I8, which is no weight's");
+    model_.parameters += size;
     std::vector<float> values(static_cast<std::size_t>(size));
     dequantise(tensor.type, file_.data(tensor), size, values.data());
     return values;
@@ -154,8 +194,6 @@ class Tensors {
                            "; the metadata ask for " + format(shape));
     }
     model_.weight_bytes += tensor->bytes;
-    model_.parameters += shape[0] * shape[1] * shape[2];
-    if (tensor->dimensions > 1) bytes_by_type[tensor->type] += tensor->bytes;
     if (tensor->type != Type::kF32) model_.all_f32 = false;
     return *tensor;
   }
@@ -177,6 +215,7 @@ std::shared_ptr<const Model> Model::open(const std::string& path) {
   model->path = path;
   model->mapping_ = std::make_unique<MappedFile>(path);
   const auto bytes = model->mapping_->bytes();
+  model->start_ = bytes.data();
   try {
     model->file = GgufFile::parse(bytes);
     model->load();
@@ -189,56 +228,138 @@ std::shared_ptr<const Model> Model::open(const std::string& path) {
 
 std::shared_ptr<const Model> Model::from_bytes(std::span<const std::byte> bytes) {
   auto model = std::make_shared<Model>();
+  model->start_ = bytes.data();
   model->file = GgufFile::parse(bytes);
   model->load();
   model->file_bytes = bytes.size();
   return model;
 }
 
+void Model::forget_pages() const {
+  if (mapping_ != nullptr) mapping_->forget_pages();
+}
+
 void Model::load() {
   hyper = read_hyperparameters(file, warnings);
   all_f32 = true;
+  if (const auto version = file.integer(key("packed.version"), 0, 1 << 20)) {
+    if (*version != kPackedVersion) {
+      throw ModelFileError("it was packed in version " + std::to_string(*version) +
+                           " of the layout; this engine reads " + std::to_string(kPackedVersion) +
+                           ": pack the original file again");
+    }
+    packed = true;
+  }
   Tensors tensors(file, *this);
 
-  const GgufTensor* stored = file.find_tensor("token_embd.weight");
-  if (stored == nullptr) throw ModelFileError("the file has no tensor 'token_embd.weight'");
-  hyper.vocab = stored->shape[1];
-  if (hyper.vocab > kMaxVocab)
-    throw ModelFileError("the vocabulary has " + std::to_string(hyper.vocab) +
-                         " entries; at most 16777216 are allowed");
-  if (const auto stated = file.integer(key("vocab_size"), 1, kMaxVocab); stated && *stated != hyper.vocab) {
-    throw ModelFileError(key("vocab_size") + " is " + std::to_string(*stated) +
-                         " and token_embd.weight has " + std::to_string(hyper.vocab) + " rows");
+  const auto stated = file.integer(key("vocab_size"), 1, kMaxVocab);
+  if (const GgufTensor* stored = file.find_tensor("token_embd.weight"); stored != nullptr) {
+    hyper.vocab = stored->shape[1];
+    if (hyper.vocab > kMaxVocab)
+      throw ModelFileError("the vocabulary has " + std::to_string(hyper.vocab) +
+                           " entries; at most 16777216 are allowed");
+    if (stated && *stated != hyper.vocab) {
+      throw ModelFileError(key("vocab_size") + " is " + std::to_string(*stated) +
+                           " and token_embd.weight has " + std::to_string(hyper.vocab) + " rows");
+    }
+  } else {
+    if (!packed) throw ModelFileError("the file has no tensor 'token_embd.weight'");
+    if (!stated) throw ModelFileError("the file has no " + key("vocab_size"));
+    hyper.vocab = *stated;
   }
-  embedding = tensors.matrix("token_embd.weight", hyper.hidden, hyper.vocab);
-  tied = !tensors.has("output.weight");
-  head = tied ? embedding : tensors.matrix("output.weight", hyper.hidden, hyper.vocab);
+  embedding = tensors.linear("token_embd", hyper.hidden, hyper.vocab);
+  tied = !tensors.has("output.weight") && !tensors.has("output.tiles");
+  head = tied ? embedding : tensors.linear("output", hyper.hidden, hyper.vocab);
   output_norm = tensors.vector("output_norm.weight", hyper.hidden);
 
   const std::int64_t query = hyper.heads * hyper.head_dim;
   const std::int64_t shared = hyper.kv_heads * hyper.head_dim;
+  const ExpertShape shape = expert_shape();
+  if (packed && (shape.hidden % kActivationBlock != 0 || shape.neurons % kNeuronGroup != 0)) {
+    throw ModelFileError("packed experts of " + std::to_string(shape.neurons) + " neurons and " +
+                         std::to_string(shape.hidden) + " inputs cannot be: both are multiples of 32");
+  }
   for (std::int64_t i = 0; i < hyper.layers; ++i) {
     const std::string block = "blk." + std::to_string(i) + ".";
     Layer layer;
     layer.attention_norm = tensors.vector(block + "attn_norm.weight", hyper.hidden);
     layer.ffn_norm = tensors.vector(block + "ffn_norm.weight", hyper.hidden);
-    layer.query = tensors.matrix(block + "attn_q.weight", hyper.hidden, query);
-    layer.key = tensors.matrix(block + "attn_k.weight", hyper.hidden, shared);
-    layer.value = tensors.matrix(block + "attn_v.weight", hyper.hidden, shared);
-    layer.output = tensors.matrix(block + "attn_output.weight", query, hyper.hidden);
-    layer.router = tensors.matrix(block + "ffn_gate_inp.weight", hyper.hidden, hyper.experts);
-    layer.gate =
-        tensors.matrix(block + "ffn_gate_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
-    layer.up = tensors.matrix(block + "ffn_up_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
-    layer.down =
-        tensors.matrix(block + "ffn_down_exps.weight", hyper.expert_hidden, hyper.hidden, hyper.experts);
+    layer.query = tensors.linear(block + "attn_q", hyper.hidden, query);
+    layer.key = tensors.linear(block + "attn_k", hyper.hidden, shared);
+    layer.value = tensors.linear(block + "attn_v", hyper.hidden, shared);
+    layer.output = tensors.linear(block + "attn_output", query, hyper.hidden);
+    layer.router = tensors.linear(block + "ffn_gate_inp", hyper.hidden, hyper.experts);
+    if (packed) {
+      layer.packed = tensors.packed(block + "ffn_experts.packed",
+                                    {static_cast<std::int64_t>(shape.bytes()), hyper.experts, 1, 1});
+      parameters += 3 * hyper.hidden * hyper.expert_hidden * hyper.experts;
+      tensors.bytes_by_type[Type::kQ4_0] += shape.bytes() * static_cast<std::uint64_t>(hyper.experts);
+    } else {
+      layer.gate =
+          tensors.matrix(block + "ffn_gate_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
+      layer.up =
+          tensors.matrix(block + "ffn_up_exps.weight", hyper.hidden, hyper.expert_hidden, hyper.experts);
+      layer.down =
+          tensors.matrix(block + "ffn_down_exps.weight", hyper.expert_hidden, hyper.hidden, hyper.experts);
+    }
     layers.push_back(std::move(layer));
   }
+  if (packed) {
+    read_places(file.integers(key("packed.expert_order")));
+    const std::byte* sums = tensors.packed("experts.checksums", {16, hyper.experts, hyper.layers, 1});
+    for (std::int64_t i = 0; i < 2 * hyper.experts * hyper.layers; ++i)
+      checksums.push_back(smallthinker::load<std::uint64_t>(sums + 8 * i));
+  }
+  if (const GgufArray* counts = file.integers(key("expert_counts")); counts != nullptr)
+    read_frequencies(*counts);
   std::uint64_t most = 0;
   for (const auto& [type, bytes] : tensors.bytes_by_type) {
     if (bytes > most) {
       most = bytes;
       main_type = type;
+    }
+  }
+}
+
+// `order` names, place by place, the expert that lies there; without it, they lie in their own order.
+void Model::read_places(const GgufArray* order) {
+  const std::int64_t all = hyper.layers * hyper.experts;
+  if (order != nullptr && order->integers.size() != static_cast<std::size_t>(all)) {
+    throw ModelFileError(key("packed.expert_order") + " has " + std::to_string(order->integers.size()) +
+                         " entries; the model has " + std::to_string(all) + " experts");
+  }
+  places.assign(static_cast<std::size_t>(all), -1);
+  for (std::int64_t i = 0; i < all; ++i) {
+    const std::int64_t place = i % hyper.experts;
+    const std::int64_t expert = order != nullptr ? order->integers[static_cast<std::size_t>(i)] : place;
+    const std::int64_t first = i - place;
+    if (expert < 0 || expert >= hyper.experts || places[static_cast<std::size_t>(first + expert)] >= 0) {
+      throw ModelFileError(key("packed.expert_order") + " does not name every expert of layer " +
+                           std::to_string(i / hyper.experts) + " once");
+    }
+    places[static_cast<std::size_t>(first + expert)] = static_cast<std::int32_t>(place);
+  }
+}
+
+// How often each expert was chosen in some run: [layers][experts].
+void Model::read_frequencies(const GgufArray& counts) {
+  const auto experts = static_cast<std::size_t>(hyper.experts);
+  if (counts.integers.size() != static_cast<std::size_t>(hyper.layers) * experts) {
+    throw ModelFileError(key("expert_counts") + " has " + std::to_string(counts.integers.size()) +
+                         " entries; the model has " + std::to_string(hyper.layers * hyper.experts) +
+                         " experts");
+  }
+  for (std::size_t first = 0; first < counts.integers.size(); first += experts) {
+    double total = 0.0;
+    for (std::size_t e = 0; e < experts; ++e) {
+      if (counts.integers[first + e] < 0)
+        throw ModelFileError(key("expert_counts") + " holds a negative count");
+      total += static_cast<double>(counts.integers[first + e]);
+    }
+    const double tokens = std::max(1.0, total / static_cast<double>(hyper.experts_per_token));
+    for (std::size_t e = 0; e < experts; ++e) {
+      expert_frequency.push_back(
+          static_cast<float>(static_cast<double>(counts.integers[first + e]) / tokens));
     }
   }
 }

@@ -12,6 +12,7 @@
 
 #include "gguf.hpp"
 #include "mapped_file.hpp"
+#include "packed.hpp"
 #include "tensor.hpp"
 
 namespace smallthinker {
@@ -37,12 +38,25 @@ struct Hyperparameters {
   std::vector<bool> windowed;  // per layer
 };
 
+// A matrix in stock rows, or in tiles.
+struct Linear {
+  Matrix stock;
+  TileMatrix tiles;
+  std::uint64_t checksum = 0;  // of tiles in a file
+
+  bool tiled() const { return tiles.data != nullptr; }
+  std::int64_t rows() const { return tiled() ? tiles.rows : stock.rows; }
+  bool quantised() const { return tiled() || traits_of(stock.type).quantised; }
+};
+
 struct Layer {
   std::vector<float> attention_norm;  // [hidden]
   std::vector<float> ffn_norm;        // [hidden]
-  Matrix query, key, value, output;   // rows = outputs
-  Matrix router;                      // [experts][hidden]
-  Matrix gate, up, down;              // one per expert
+  Linear query, key, value, output;   // rows = outputs
+  Linear router;                      // [experts][hidden]
+  Matrix gate, up, down;              // one per expert; of stock files
+  const std::byte* packed =
+      nullptr;  // of packed files: ExpertShape::bytes() each, in the order of Model::places
 };
 
 class Model {
@@ -54,20 +68,38 @@ class Model {
   std::string path;
   GgufFile file;
   Hyperparameters hyper;
-  Matrix embedding;                // [vocab][hidden]
-  Matrix head;                     // the same when tied
+  Linear embedding;                // [vocab][hidden]
+  Linear head;                     // the same when tied
   std::vector<float> output_norm;  // [hidden]
   std::vector<Layer> layers;
   std::vector<std::string> warnings;  // choices made where the file leaves them open
   bool tied = false;
+  bool packed = false;                   // made by runtime_cpu.pack
+  std::vector<std::int32_t> places;       // of packed files: [layers][experts], where an expert lies in its layer
+  std::vector<std::uint64_t> checksums;  // of packed files: [layers][experts][gate, neurons]
+  std::vector<float> expert_frequency;   // [layers][experts], share of tokens; empty: unknown
   bool all_f32 = false;
   Type main_type = Type::kF32;  // of most weights
   std::uint64_t file_bytes = 0;
   std::uint64_t weight_bytes = 0;  // of the tensors in use
   std::int64_t parameters = 0;     // in them
 
+  ExpertShape expert_shape() const { return {hyper.hidden, hyper.expert_hidden}; }
+  const std::byte* packed_expert(std::int64_t layer, std::int64_t expert) const {
+    const std::int32_t place = places[static_cast<std::size_t>(layer * hyper.experts + expert)];
+    return layers[static_cast<std::size_t>(layer)].packed +
+           static_cast<std::size_t>(place) * expert_shape().bytes();
+  }
+  // Where bytes of the mapping lie in the file.
+  std::uint64_t offset_of(const std::byte* data) const { return static_cast<std::uint64_t>(data - start_); }
+  // Let go of what was read of the mapping: it no longer counts as this process's memory.
+  void forget_pages() const;
+
  private:
   void load();
+  void read_places(const GgufArray* order);
+  void read_frequencies(const GgufArray& counts);
+  const std::byte* start_ = nullptr;
   std::unique_ptr<MappedFile> mapping_;
 };
 

@@ -70,41 +70,58 @@ void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begi
 }
 
 void pack_gate(const Matrix& gate, std::int64_t expert, const ExpertShape& shape, std::byte* out) {
-  pack_tiles(gate, expert, 0, shape.gate(nullptr).tiles(), out);
+  const TileMatrix tiled = shape.gate(out);
+  pack_tiles(gate, expert, 0, tiled.tiles(), out);
+  std::memset(out + tiled.bytes(), 0, shape.gate_bytes() - tiled.bytes());
 }
 
-void pack_neurons(const Matrix& up, const Matrix& down, std::int64_t expert, const ExpertShape& shape,
-                  std::byte* out) {
+void pack_up(const Matrix& up, std::int64_t expert, const ExpertShape& shape, std::byte* out) {
   const std::int64_t blocks = shape.hidden / kActivationBlock;
-  std::memset(out + shape.group_offset(0), 0, shape.bytes() - shape.group_offset(0));
   for (std::int64_t g = 0; g < shape.groups(); ++g) {
     std::byte* group = out + shape.group_offset(g);
+    std::memset(group + shape.up_scales(0), 0, shape.scales_bytes());
     for (std::int64_t n = 0; n < kNeuronGroup; ++n) {
       const std::byte* from = up.row(g * kNeuronGroup + n, expert);
       std::byte* nibbles = group + shape.up_nibbles(n);
+      std::memset(nibbles, 0, shape.half_bytes());
       for (std::int64_t b = 0; b < blocks; ++b, from += kStockBlock) {
         std::memcpy(group + shape.up_scales(n) + static_cast<std::size_t>(b) * 2, from, 2);
-        for (std::int64_t word = 0; word < 4; ++word)
-          std::memcpy(at(nibbles, b / 16 * 256 + word * 64 + b % 16 * 4), from + 2 + word * 4, 4);
-      }
-    }
-    // A block of `down` holds one output's weights of these 32 neurons: its nibbles go to 32 places.
-    for (std::int64_t d = 0; d < shape.hidden; ++d) {
-      const std::byte* block = down.row(d, expert) + static_cast<std::size_t>(g) * kStockBlock;
-      std::memcpy(at(group, d * 2), block, 2);
-      const std::int64_t within = d % 32;
-      const std::int64_t lane = within % 16;
-      const std::size_t place =
-          static_cast<std::size_t>(d / 128 * 64 + lane / 4 * 16 + d % 128 / 32 * 4 + lane % 4);
-      const int shift = within < 16 ? 0 : 4;
-      for (std::int64_t n = 0; n < kNeuronGroup; ++n) {
-        const int pair = std::to_integer<int>(block[2 + n % 16]);
-        const int nibble = n < 16 ? pair & 15 : pair >> 4;
-        std::byte& target = group[shape.down_nibbles(n) + place];
-        target |= static_cast<std::byte>(nibble << shift);
+        std::byte* to = at(nibbles, b / 16 * 256 + b % 16 * 4);
+        for (std::int64_t word = 0; word < 4; ++word) std::memcpy(at(to, word * 64), from + 2 + word * 4, 4);
       }
     }
   }
+}
+
+void pack_down(const Matrix& down, std::int64_t expert, const ExpertShape& shape, std::byte* out) {
+  for (std::int64_t g = 0; g < shape.groups(); ++g) {
+    std::byte* group = out + shape.group_offset(g);
+    std::memset(group, 0, shape.scales_bytes());
+    for (std::int64_t n = 0; n < kNeuronGroup; ++n)
+      std::memset(group + shape.down_nibbles(n), 0, shape.half_bytes());
+    // A stock block holds one output's weights of these 32 neurons. The outputs d and d + 16 of 32 share a
+    // byte.
+    for (std::int64_t d = 0; d < shape.hidden; d += 32) {
+      const std::size_t place = static_cast<std::size_t>(d / 128 * 64 + d % 128 / 32 * 4);
+      for (std::int64_t lane = 0; lane < 16; ++lane) {
+        const std::byte* low = down.row(d + lane, expert) + static_cast<std::size_t>(g) * kStockBlock;
+        const std::byte* high = down.row(d + lane + 16, expert) + static_cast<std::size_t>(g) * kStockBlock;
+        std::memcpy(at(group, (d + lane) * 2), low, 2);
+        std::memcpy(at(group, (d + lane + 16) * 2), high, 2);
+        std::byte* to =
+            group + shape.down_nibbles(0) + place + static_cast<std::size_t>(lane / 4 * 16 + lane % 4);
+        const std::size_t step = 2 * shape.half_bytes();
+        for (std::size_t n = 0; n < 16; ++n) {
+          const int a = std::to_integer<int>(low[2 + n]);
+          const int b = std::to_integer<int>(high[2 + n]);
+          to[n * step] = static_cast<std::byte>((a & 15) | (b & 15) << 4);
+          to[(n + 16) * step] = static_cast<std::byte>(a >> 4 | (b & 0xF0));
+        }
+      }
+    }
+  }
+  const std::size_t end = shape.group_offset(shape.groups());
+  std::memset(out + end, 0, shape.bytes() - end);
 }
 
 void unpack_tile_row(const TileMatrix& matrix, std::int64_t row, float* out) {

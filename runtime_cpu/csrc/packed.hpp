@@ -7,9 +7,9 @@
 //   2 x [4 words][16 rows][4 bytes]   low nibble: column 4 * word + byte of the block; high nibble: 16
 //   further 2 x [16 rows] fp16 scales
 //
-// Expert: its gate's tiles, then its up rows and down columns in groups of 32 neurons (the extent of a scale
-// of `down`), so that a silent neuron's share of both is never touched. One group, with D = hidden padded to
-// 512:
+// Expert: its gate's tiles, then, from a multiple of 4096 on, its up rows and down columns in groups of 32
+// neurons (the extent of a scale of `down`), so that a silent neuron's share of both is never touched. One
+// group, with D = hidden padded to 512:
 //   [D] fp16            scales of down, one per output
 //   [32][D / 32] fp16   scales of up, one per block
 //   [32][D / 2 + D / 2] nibbles of each neuron: its up row (block-transposed: per 512 columns [4 words][16
@@ -62,14 +62,18 @@ struct ExpertShape {
     return 2 * scales_bytes() + 2 * kNeuronGroup * half_bytes();
   }
   TileMatrix gate(const std::byte* expert) const { return {expert, neurons, hidden}; }
-  std::size_t gate_bytes() const { return gate(nullptr).bytes(); }
-  SMALLTHINKER_INLINE std::size_t group_offset(std::int64_t group) const {
-    const std::size_t tile = static_cast<std::size_t>((hidden / kActivationBlock + 1) / 2 * kTilePairBytes);
-    return static_cast<std::size_t>(neurons / kTileRows) * tile +
-           static_cast<std::size_t>(group) * group_bytes();
+  // Its two parts, multiples of 4096: experts are read from disk one by one, the gate first.
+  SMALLTHINKER_INLINE std::size_t gate_bytes() const {
+    const std::int64_t tile = (hidden / kActivationBlock + 1) / 2 * kTilePairBytes;
+    return whole_pages(static_cast<std::size_t>(neurons / kTileRows * tile));
   }
-  // A multiple of 4096: experts are read from disk one by one.
-  std::size_t bytes() const { return (group_offset(groups()) + 4095) / 4096 * 4096; }
+  SMALLTHINKER_INLINE std::size_t group_offset(std::int64_t group) const {
+    return gate_bytes() + static_cast<std::size_t>(group) * group_bytes();
+  }
+  std::size_t bytes() const { return whole_pages(group_offset(groups())); }
+  SMALLTHINKER_INLINE static std::size_t whole_pages(std::size_t bytes) {
+    return (bytes + 4095) / 4096 * 4096;
+  }
 
   // Within a group.
   SMALLTHINKER_INLINE std::size_t up_scales(std::int64_t neuron) const {
@@ -115,10 +119,11 @@ void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols,
 // Stock Q4_0 to tiles [tile_begin, tile_end) of a matrix.
 void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begin, std::int64_t tile_end,
                 std::byte* out);
-// Stock Q4_0 gate [neurons][hidden], up [neurons][hidden] and down [hidden][neurons] to one packed expert.
+// Stock Q4_0 gate [neurons][hidden], up [neurons][hidden] and down [hidden][neurons] to one packed expert;
+// each writes its own bytes only, and all of them together every byte.
 void pack_gate(const Matrix& gate, std::int64_t expert, const ExpertShape& shape, std::byte* out);
-void pack_neurons(const Matrix& up, const Matrix& down, std::int64_t expert, const ExpertShape& shape,
-                  std::byte* out);
+void pack_up(const Matrix& up, std::int64_t expert, const ExpertShape& shape, std::byte* out);
+void pack_down(const Matrix& down, std::int64_t expert, const ExpertShape& shape, std::byte* out);
 
 // Back to fp32: a row of a tiled matrix (embedding lookups, tests), a row of gate or up, a column of down.
 void unpack_tile_row(const TileMatrix& matrix, std::int64_t row, float* out);

@@ -15,7 +15,7 @@ constexpr std::int64_t kMostTiles = 8;
 
 bool any_quantised(const Model& model) {
   for (const Layer& layer : model.layers) {
-    if (traits_of(layer.router.type).quantised) return true;
+    if (layer.router.quantised()) return true;
   }
   return false;
 }
@@ -94,9 +94,12 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
 
 Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
-  const WeightPlan weights(model, select_kernels(options.kernels));
+  const WeightPlan weights(model, select_kernels(options.kernels), options.experts.cache_bytes > 0);
   Scratch scratch{};
-  return {weights.dense_bytes + weights.expert_bytes + weights.mapped_bytes, layout.bytes(),
+  const bool can_offload = weights.packed_experts;
+  return {weights.dense_bytes + weights.mapped_bytes + (can_offload ? 0 : weights.expert_bytes),
+          can_offload ? weights.expert.bytes() : 0, can_offload ? ExpertStore::overhead_bytes(model) : 0,
+          layout.bytes(),
           scratch.lay_out(model.hyper, weights, layout, options.threads, options.chunk, nullptr)};
 }
 
@@ -106,8 +109,9 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
       chunk_(options.chunk),
       pool_(options.threads),
-      weights_(model_, kernels_, pool_),
-      quantise_router_input_(any_quantised(*model_)) {
+      weights_(model_, kernels_, pool_, options.experts),
+      quantise_router_input_(any_quantised(*model_)),
+      speculate_(options.speculate) {
   const Hyperparameters& hyper = model_->hyper;
   memory_.resize(scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_, nullptr));
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
@@ -136,6 +140,8 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
   }
   if (logit_rows < 0 || logit_rows > count) throw EngineError("there are more rows of logits than tokens");
   counters_.reset(model_->hyper);
+  const CacheCounters earlier = weights_.experts != nullptr ? weights_.experts->counters() : CacheCounters{};
+  const std::int64_t before = session.length();
   std::vector<BatchRow> rows;
   for (std::int64_t start = 0; start < count; start += chunk_) {
     const std::int64_t size = std::min(chunk_, count - start);
@@ -145,8 +151,20 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
     }
     const std::int64_t wanted = std::clamp<std::int64_t>(start + size - (count - logit_rows), 0, size);
     session.append(tokens.data() + start, size);
-    run_batch(rows, logits, wanted);
+    try {
+      run_batch(rows, logits, wanted);
+    } catch (...) {
+      session.truncate(before);
+      throw;
+    }
     if (logits != nullptr) logits += wanted * model_->hyper.vocab;
+  }
+  if (weights_.experts != nullptr) {
+    const CacheCounters now = weights_.experts->counters();
+    counters_.cache_hits = now.hits + now.joined - earlier.hits - earlier.joined;
+    counters_.cache_misses = now.misses - earlier.misses;
+    counters_.bytes_read = now.bytes_read - earlier.bytes_read;
+    counters_.waited_s = now.waited_s - earlier.waited_s;
   }
   session.counters.add(counters_);
 }
@@ -237,11 +255,18 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
     normalise(s.x, layer.attention_norm, i);
     if (quantise_router_input_) quantise(s.x.from(i));
   });
+  // The router reads the residual stream itself, before the norm and before attention: what it chooses can be
+  // read from disk meanwhile.
+  const bool early = weights_.experts != nullptr && weights_.experts->offloads();
+  add_tasks(weights.router, s.x.view(), tokens, s.router_logits, hyper.experts);
+  if (early) {
+    run_matmuls();
+    route(tokens);
+    request_experts(index, tokens);
+  }
   add_tasks(weights.query, s.normed.view(), tokens, s.query, query_size);
   add_tasks(weights.key, s.normed.view(), tokens, s.key, kv_size);
   add_tasks(weights.value, s.normed.view(), tokens, s.value, kv_size);
-  // The router reads the residual stream itself, before the norm and before attention.
-  add_tasks(weights.router, s.x.view(), tokens, s.router_logits, hyper.experts);
   run_matmuls();
 
   each_row(tokens, [&](std::int64_t i) {
@@ -258,7 +283,7 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
     const BatchRow& row = rows[static_cast<std::size_t>(i)];
     row.session->store(index, row.position, s.key + i * kv_size, s.value + i * kv_size, kernels_);
   });
-  route(tokens);
+  if (!early) route(tokens);
 
   // As few pieces as keep all threads busy: the query heads of a piece share what it reads.
   const std::int64_t groups = hyper.heads / hyper.kv_heads;
@@ -271,7 +296,7 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
     attend(index, rows[static_cast<std::size_t>(i)], i, piece / parts % hyper.kv_heads, first,
            (part + 1) * groups / parts - first, thread);
   });
-  if (traits_of(layer.output.type).quantised) {
+  if (weights.output.quantised()) {
     each_row(tokens, [&](std::int64_t i) { quantise(s.attended.from(i)); });
   }
   add_tasks(weights.output, s.attended.view(), tokens, s.mixed, hyper.hidden);

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -28,6 +30,8 @@ struct RuntimeOptions {
   std::int64_t chunk = 128;  // tokens computed together
   std::string kernels = "auto";
   std::string kv_type = "auto";  // "f32", "f16"
+  ExpertStoreOptions experts = {};
+  bool speculate = true;  // read what the next layer may want while the disk idles
 };
 
 // Whether keys and values are stored as F16.
@@ -35,7 +39,9 @@ bool kv_is_half(const Model& model, const std::string& kv_type);
 
 // What a runtime will allocate, in bytes.
 struct Plan {
-  std::uint64_t weight_bytes = 0;  // copied or mapped
+  std::uint64_t weight_bytes = 0;   // copied or mapped, without the experts that can be offloaded
+  std::uint64_t expert_bytes = 0;   // of one; 0: the experts cannot be offloaded
+  std::uint64_t offload_bytes = 0;  // what offloading needs beside the experts' slots
   std::uint64_t kv_bytes_per_session = 0;
   std::uint64_t scratch_bytes = 0;
 };
@@ -114,10 +120,13 @@ class Runtime {
   const Kernels& kernels() const { return kernels_; }
   const KvLayout& kv_layout() const { return layout_; }
   int threads() const { return pool_.threads(); }
+  // Nothing when no experts are packed.
+  ExpertStore* experts() const { return weights_.experts.get(); }
 
   // Append `tokens` (any number) to `session`; `logits` [logit_rows][vocab] gets those of the last tokens.
-  // Throws EngineError when the context is full or a token is outside the vocabulary; the session is then
-  // unchanged.
+  // Throws EngineError when the context is full or a token is outside the vocabulary, the session then being
+  // unchanged, and when weights cannot be read or are damaged, the session then being cut back as truncate()
+  // can.
   void forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
                std::int64_t logit_rows);
 
@@ -141,9 +150,13 @@ class Runtime {
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);
+  void request_experts(std::int64_t layer, std::int64_t tokens);
+  void guess_next(std::int64_t layer);
   void packed_experts(std::int64_t layer, std::int64_t tokens);
-  void split_slots(std::int64_t layer, std::int64_t slots);
+  void split_slots(std::int64_t layer);
   void token_blocks(std::int64_t layer);
+  template <typename Work>
+  void run_packed(const Work& work);
   void sum_experts(std::int64_t tokens, const float* down, std::int64_t stride);
 
   template <typename Work>
@@ -167,8 +180,16 @@ class Runtime {
   std::vector<std::byte> memory_;
   Scratch scratch_{};
   std::vector<Task> tasks_;
+  std::vector<std::int32_t> wave_;  // experts of the layer under way, in the order of their reads
+  std::vector<std::int32_t> guess_;
+  std::vector<float> guess_logits_;
+  bool requested_ = false;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr failure_;
+  std::mutex failure_mutex_;
   std::vector<float> inverse_frequencies_;
   bool quantise_router_input_ = false;
+  bool speculate_ = true;
   Counters counters_;  // of the forward pass under way
   std::mutex mutex_;
 };

@@ -30,6 +30,8 @@ std::size_t KvLayout::bytes() const {
 
 void Counters::reset(const Hyperparameters& hyper) {
   const auto layers = static_cast<std::size_t>(hyper.layers);
+  cache_hits = cache_misses = bytes_read = 0;
+  waited_s = 0.0;
   neurons.assign(layers, 0);
   active_neurons.assign(layers, 0);
   expert_counts.assign(layers * static_cast<std::size_t>(hyper.experts), 0);
@@ -39,6 +41,10 @@ void Counters::add(const Counters& other) {
   const auto sum = [](std::vector<std::uint64_t>& to, const std::vector<std::uint64_t>& from) {
     for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
   };
+  cache_hits += other.cache_hits;
+  cache_misses += other.cache_misses;
+  bytes_read += other.bytes_read;
+  waited_s += other.waited_s;
   sum(neurons, other.neurons);
   sum(active_neurons, other.active_neurons);
   sum(expert_counts, other.expert_counts);

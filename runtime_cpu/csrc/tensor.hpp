@@ -27,7 +27,15 @@ class ModelFileError : public EngineError {
 };
 
 // Values are ggml's type ids (ggml.h, enum ggml_type).
-enum class Type : std::uint32_t { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ8_0 = 8, kQ6_K = 14, kBF16 = 30 };
+enum class Type : std::uint32_t {
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ8_0 = 8,
+  kQ6_K = 14,
+  kI8 = 24,
+  kBF16 = 30
+};
 
 struct TypeTraits {
   Type type;
@@ -41,6 +49,7 @@ inline constexpr TypeTraits kTypes[] = {
     {Type::kF32, "F32", 1, 4, false},    {Type::kF16, "F16", 1, 2, false},
     {Type::kBF16, "BF16", 1, 2, false},  {Type::kQ4_0, "Q4_0", 32, 18, true},
     {Type::kQ8_0, "Q8_0", 32, 34, true}, {Type::kQ6_K, "Q6_K", 256, 210, true},
+    {Type::kI8, "I8", 1, 1, false},  // only as the bytes of packed weights
 };
 
 inline const TypeTraits* find_type(std::uint32_t id) {

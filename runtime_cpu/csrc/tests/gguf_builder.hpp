@@ -150,6 +150,9 @@ inline Bytes random_rows(RandomStream& random, Type type, std::int64_t elements,
         for (std::int64_t j = 2; j < traits.block_bytes; ++j) out.push_back(byte());
         break;
       }
+      case Type::kI8:
+        out.push_back(byte());
+        break;
       case Type::kQ6_K:
         for (std::int64_t j = 0; j < 208; ++j) out.push_back(byte());
         put(out, float_to_half(size / (32.0F * 128.0F)));

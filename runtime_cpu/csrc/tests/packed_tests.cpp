@@ -128,7 +128,8 @@ void test_neurons(const Kernels& kernels, std::int64_t hidden, std::int64_t neur
       down(random, neurons, hidden, 2);
   const Aligned memory(shape.bytes());
   pack_gate(gate.matrix, 1, shape, memory.data);
-  pack_neurons(up.matrix, down.matrix, 1, shape, memory.data);
+  pack_down(down.matrix, 1, shape, memory.data);
+  pack_up(up.matrix, 1, shape, memory.data);
   std::vector<float> up_row(static_cast<std::size_t>(hidden)), column(up_row.size()), gate_row(up_row.size());
   std::vector<std::vector<float>> downs;
   for (std::int64_t d = 0; d < hidden; ++d) downs.push_back(down.row(d, 1));
@@ -204,7 +205,8 @@ void test_not_finite(const Kernels& kernels, RandomStream& random) {
   const Stock up(random, 64, 32), down(random, 32, 64);
   const Aligned memory(shape.bytes());
   std::memset(memory.data, 0, shape.bytes());
-  pack_neurons(up.matrix, down.matrix, 0, shape, memory.data);
+  pack_up(up.matrix, 0, shape, memory.data);
+  pack_down(down.matrix, 0, shape, memory.data);
   const Inputs x(random, kernels, 1, 64);
   std::vector<float> gates(32, 1.0F), out(static_cast<std::size_t>(shape.padded()), 0.0F);
   gates[3] = std::numeric_limits<float>::infinity();
