@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
+import numpy as np
+
 from runtime_cpu import EngineError, _core, bench_worker
 from runtime_cpu.bench_machine import (
     MachineError,
@@ -38,6 +40,7 @@ from runtime_cpu.bench_report import ReportError, Row, Spread, log_to_mlflow, pl
 from runtime_cpu.bench_worker import PEER_MODULE, versions
 from runtime_cpu.inspect import bytes_per_token
 from runtime_cpu.memory import format_bytes, parse_bytes
+from runtime_cpu.synth import text_like_ids
 
 __all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "bytes_per_token", "main"]
 
@@ -57,6 +60,8 @@ class Plan:
         depth: tokens put into the context before the prompt, not timed.
         decode_tokens: tokens generated after the first; 0 measures prompts only.
         memory_bytes: limit of every process.
+        text_like: prompts whose tokens share experts as those of text do, for files of :mod:`runtime_cpu.synth`;
+            otherwise tokens are independent.
         peer_python: interpreter that has the peer's package; by default this one.
     """
 
@@ -68,6 +73,7 @@ class Plan:
     depth: int = 0
     engines: Sequence[str] = (OURS,)
     memory_bytes: int | None = None
+    text_like: bool = False
     peer_python: Path | None = None
 
     @property
@@ -101,12 +107,14 @@ class _Worker:
             preexec_fn=None if group is None else group.enter,
         )
         try:
-            self.versions: dict[str, str] = self.ask("hello")["versions"]
+            hello = self.ask("hello")
+            self.versions: dict[str, str] = hello["versions"]
+            self.vocab_size: int = hello["vocab_size"]
         except BenchError:
             self.close()
             raise
 
-    def ask(self, operation: str, **values: int) -> dict[str, Any]:
+    def ask(self, operation: str, **values: Any) -> dict[str, Any]:
         stdin, stdout = self._pipes()
         try:
             stdin.write(json.dumps([operation, values] if values else [operation]) + "\n")
@@ -123,8 +131,14 @@ class _Worker:
             raise BenchError(result["error"])
         return result
 
-    def measure(self, **values: int) -> dict[str, Any]:
+    def measure(self, plan: Plan, run: int) -> dict[str, Any]:
         """One run, with the cores that other processes kept busy meanwhile."""
+        make = text_like_ids if plan.text_like else _random_ids
+        values = {
+            "before": make(self.vocab_size, plan.depth, 0),
+            "prompt": make(self.vocab_size, plan.prompt_tokens, run + 1),
+            "decode_tokens": plan.decode_tokens,
+        }
         busy, own, started = busy_cpu_s(), process_cpu_s(self._process.pid), time.perf_counter()
         result = self.ask("measure", **values)
         seconds = time.perf_counter() - started
@@ -147,6 +161,12 @@ class _Worker:
     def _pipes(self) -> tuple[IO[str], IO[str]]:
         assert self._process.stdin is not None and self._process.stdout is not None
         return self._process.stdin, self._process.stdout
+
+
+def _random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
+    """Token ids that no earlier run has used in this order, so that no cache of prompts helps."""
+    ids: list[int] = np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+    return ids
 
 
 def _peer_command(python: Path) -> list[str]:
@@ -192,12 +212,7 @@ def bench(plan: Plan) -> tuple[list[Row], dict[str, str], list[str]]:
                     continue
                 _progress(f"run {run} of {plan.runs}: {worker.engine}, {worker.threads} threads")
                 try:
-                    result = worker.measure(
-                        prompt_tokens=plan.prompt_tokens,
-                        decode_tokens=plan.decode_tokens,
-                        depth=plan.depth,
-                        seed=run + 1,
-                    )
+                    result = worker.measure(plan, run)
                 except BenchError as error:
                     if worker.engine != PEER_MODULE or plan.memory_bytes is None:
                         raise
@@ -290,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
             "bandwidth": {"before": before, "after": after},
             "disk": disk,
             "contended": options.contend,
+            "text_like": options.text_like,
             "rows": [asdict(row) for row in rows],
             "ratios": [asdict(ratio) for ratio in compared],
             "notes": notes,
@@ -329,6 +345,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", type=int, default=64, help="tokens generated (default: %(default)s)")
     add("--prompt-only", action="store_true", help="generate nothing after the first token")
     add("--depth", type=int, default=0, help="tokens already in the context (default: %(default)s)")
+    add(
+        "--text-like",
+        action="store_true",
+        help="prompts of a synthetic model's text-like ids (default: independent ids)",
+    )
     add("--memory", metavar="SIZE", help="limit of every process, such as 1GiB")
     add("--contend", action="store_true", help="meanwhile another process burns one core")
     add("--json", metavar="OUT", help="write everything measured to this file; - for standard output")
@@ -359,6 +380,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         depth=options.depth,
         engines=peer if options.peer_only else [OURS, *peer],
         memory_bytes=None if options.memory is None else parse_bytes(options.memory),
+        text_like=options.text_like,
         peer_python=options.peer_python,
     )
 

@@ -2,7 +2,7 @@
 
     python -m runtime_cpu.bench_worker '{"engine": "runtime_cpu", "model": "m.gguf", "threads": 2, "context": 512}'
     ["hello"]
-    ["measure", {"prompt_tokens": 128, "decode_tokens": 64, "depth": 0, "seed": 1}]
+    ["measure", {"before": [], "prompt": [5, 6, 7], "decode_tokens": 64}]
     ["memory"]
 
 llama.cpp may live in another environment, so this file needs numpy alone until it opens our engine:
@@ -130,11 +130,6 @@ class Peer:
         return int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax())
 
 
-def random_ids(vocab_size: int, count: int, seed: int) -> Ids:
-    """Token ids that no earlier run has used in this order, so that no cache of prompts helps."""
-    return np.random.default_rng(seed).integers(0, vocab_size, count).astype(np.int32)
-
-
 def peak_memory_bytes() -> int:
     """The most memory that this process has held since it became this program.
 
@@ -176,14 +171,13 @@ def _serve(settings: dict[str, Any]) -> int:
         try:
             if operation == "hello":
                 engine = _open(settings)
-                answer = {"versions": versions()}
+                answer = {"versions": versions(), "vocab_size": engine.vocab_size}
             elif operation == "memory":
                 answer = {"peak_rss_bytes": peak_memory_bytes()}
             else:
                 assert engine is not None
                 run = values[0]
-                before = random_ids(engine.vocab_size, run["depth"], 0)
-                prompt = random_ids(engine.vocab_size, run["prompt_tokens"], run["seed"])
+                before, prompt = (np.array(run[name], np.int32) for name in ("before", "prompt"))
                 answer = dict(engine.measure(before, prompt, run["decode_tokens"]))
         except Exception as error:  # whatever it is, the parent reports it; the classes belong to two engines
             answer = {"error": str(error) or type(error).__name__}

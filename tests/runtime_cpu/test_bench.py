@@ -25,7 +25,7 @@ from runtime_cpu.bench_machine import (
     process_cpu_s,
 )
 from runtime_cpu.bench_report import ReportError, Row, Spread, plot, ratios, table
-from runtime_cpu.bench_worker import PEER_MODULE, OurEngine, random_ids
+from runtime_cpu.bench_worker import PEER_MODULE, OurEngine
 from tests.runtime_cpu.servers import MODEL
 
 
@@ -64,7 +64,9 @@ def test_every_option_at_once(tmp_path: Path) -> None:
 
 
 def test_prompts_only(tmp_path: Path) -> None:
-    done = run(MODEL, "--prompt-only", "--runs", 1, "--prompt", 16, "--threads", 1, "--json", "-")
+    done = run(
+        MODEL, "--prompt-only", "--text-like", "--runs", 1, "--prompt", 16, "--threads", 1, "--json", "-"
+    )
     assert done.returncode == 0, done.stderr
     (only,) = json.loads(done.stdout)["rows"]
     assert only["decode_tokens_per_s"] is None and only["decode_tokens"] == 0
@@ -100,10 +102,13 @@ def test_the_kernel_kills_what_exceeds_its_group(tmp_path: Path) -> None:
 
 def test_depth_changes_what_is_attended_to_and_is_computed_once() -> None:
     engine = OurEngine(str(MODEL), 1, 200, None)
-    before, prompt = random_ids(engine.vocab_size, 100, 0), random_ids(engine.vocab_size, 8, 1)
+    random = np.random.default_rng(0)
+    before, prompt, other = (
+        random.integers(0, engine.vocab_size, count).astype(np.int32) for count in (100, 8, 8)
+    )
     engine.measure(before, prompt, 2)
     assert engine._engine.stats.reused_tokens == 100
-    engine.measure(before, random_ids(engine.vocab_size, 8, 2), 2)
+    engine.measure(before, other, 2)
     assert engine._engine.stats.reused_tokens == 100
     times = engine.measure(np.empty(0, np.int32), prompt, 0)
     assert times["decode_s"] == 0 < times["prompt_s"] <= times["first_token_s"]
