@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
@@ -99,17 +100,17 @@ class Tokenizer:
         vocabulary: dict[str, int] = {}
         added: dict[str, int] = {}
         self.control_tokens: dict[str, int] = {}
-        self._bytes: list[bytes] = []
+        pieces: list[bytes] = []
         for index, (text, kind) in enumerate(zip(tokens, token_types, strict=True)):
             if kind == TokenType.NORMAL:
                 if text in vocabulary:
                     raise TokenizerError(f"token {text!r} occurs twice, as {vocabulary[text]} and {index}")
                 vocabulary[text] = index
-                self._bytes.append(_normal_token_bytes(text, index))
+                pieces.append(_normal_token_bytes(text, index))
                 continue
             if kind not in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED):
                 raise TokenizerError(f"token {index} has type {kind}; byte-level BPE knows 1, 3, 4 and 5")
-            self._bytes.append(text.encode("utf-8", "surrogateescape"))
+            pieces.append(text.encode("utf-8", "surrogateescape"))
             if kind == TokenType.UNUSED:
                 continue
             if not text or text in added:
@@ -128,7 +129,9 @@ class Tokenizer:
                 raise TokenizerError(f"the merge {left!r} {right!r} makes the special token {left + right!r}")
         self._user_defined = {text: i for text, i in added.items() if text not in self.control_tokens}
         self._plain = self._build(vocabulary, merges, self._user_defined)
-        self._special = self._build(vocabulary, merges, added) if self.control_tokens else self._plain
+        # One text and its cuts: 150,000 small objects would weigh several times as much.
+        self._bytes = b"".join(pieces)
+        self._ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
         stops = [eos_id, eot_id, *(self.control_tokens.get(text) for text in _STOP_TEXTS)]
         self.stop_ids = frozenset(token_id for token_id in stops if token_id is not None)
         self._control_ids = frozenset(self.control_tokens.values())
@@ -201,8 +204,13 @@ class Tokenizer:
             add_bos: put the file's BOS first; by default as the file says.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no UTF-8 form
-        encoder = self._special if parse_special else self._plain
-        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        # One tokenizer serves both: what lies between control tokens is encoded by itself, as it would be anyway.
+        for piece, control in self.split_control(text) if parse_special else [(text, None)]:
+            if control is None:
+                ids += self._plain.encode(piece, add_special_tokens=False).ids
+            else:
+                ids.append(control)
         if self.add_bos if add_bos is None else add_bos:
             if self.bos_id is None:
                 raise TokenizerError("add_bos was asked for and the file names no BOS token")
@@ -225,7 +233,7 @@ class Tokenizer:
         """The bytes that one id stands for; the name of the token for control tokens."""
         if not 0 <= token_id < self.vocab_size:
             raise TokenizerError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
-        return self._bytes[token_id]
+        return self._bytes[self._ends[token_id] : self._ends[token_id + 1]]
 
     def is_control(self, token_id: int) -> bool:
         """Whether the id carries structure and is no text of an answer."""
