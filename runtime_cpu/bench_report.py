@@ -176,7 +176,7 @@ def plot(report: Mapping[str, Any], rows: Sequence[Row], path: Path) -> None:
         below = [spread.median - spread.low for spread in spreads]
         above = [spread.high - spread.median for spread in spreads]
         bars = axis.bar(labels, middle, yerr=[below, above], color=colours, capsize=4)
-        axis.bar_label(bars, fmt="%.1f", label_type="center")
+        axis.bar_label(bars, fmt="%.1f", padding=3)  # above the spread
         axis.set_title(f"{title}, tokens/s")
         axis.spines[["top", "right"]].set_visible(False)
     machine = report["machine"]
