@@ -37,16 +37,18 @@ def bytes_per_token(model: _core.Model, sparsity: float = 0.0) -> int:
             down need not be read. 0 reads the chosen experts whole.
     """
     total = 0.0
-    for name, _kind, shape, _offset, size in model.tensors():
-        if name == "token_embd.weight" and not model.tied_embeddings:
-            total += size // shape[-1]
-        elif "_exps." in name:
+    for name, _kind, _shape, _offset, size in model.tensors():
+        if name.startswith("token_embd.") and not model.tied_embeddings:
+            total += size // model.vocab_size
+        elif name == "experts.checksums":
+            continue  # read with the file, not with a token
+        elif "_exps." in name or ".ffn_experts." in name:
             chosen = size * model.experts_per_token // model.experts
             if ".ffn_gate_exps." in name:
                 skipped = 0.0
             elif ".ffn_up_exps." in name or ".ffn_down_exps." in name:
                 skipped = sparsity
-            else:  # gate, up and down in one tensor
+            else:  # the packed layout: gate, up and down in one tensor
                 skipped = sparsity * 2 / 3
             total += chosen - skipped * chosen
         else:

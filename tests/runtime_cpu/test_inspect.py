@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime_cpu import Engine, MemoryBudgetError, _core
+from runtime_cpu import Engine, MemoryBudgetError, _core, synth
 from runtime_cpu.inspect import bytes_per_token, inspect, kv_bytes_read, table
+from runtime_cpu.pack import pack
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
@@ -66,6 +67,18 @@ def test_bytes_per_token_by_hand(tmp_path: Path) -> None:
     assert bytes_per_token(model, 0.5) == dense - 4 * 2 * expert
     assert bytes_per_token(model, 1.0) == dense - 4 * 2 * 2 * expert
     assert kv_bytes_read(model, 10) == 4 * 10 * 2 * 32 * 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_file_reads_as_much_as_its_source(tmp_path: Path, tied: bool) -> None:
+    # Experts of whole pages: the packed layout pads smaller ones.
+    shape = synth.Shape("m", 2, 512, 8, 4, 64, 8, 2, 256, 1024, 512, 0, False, tied)
+    synth.write(tmp_path / "stock.gguf", shape)
+    pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
+    stock, packed = (_core.Model.open(str(tmp_path / f"{name}.gguf")) for name in ("stock", "packed"))
+    for sparsity in (0.0, 0.62):
+        assert bytes_per_token(packed, sparsity) == pytest.approx(bytes_per_token(stock, sparsity), rel=0.05)
+    assert inspect(tmp_path / "packed.gguf")["file"]["layout"] == "packed"
 
 
 def test_windowed_layers_read_their_window_only(tmp_path: Path) -> None:
