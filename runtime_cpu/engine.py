@@ -463,7 +463,13 @@ class _Planner:
     """Finds context, sessions and room for experts within a budget."""
 
     def __init__(
-        self, model: _core.Model, threads: int, kv_type: str, chunk_tokens: int, kernels: str, budget: int | None
+        self,
+        model: _core.Model,
+        threads: int,
+        kv_type: str,
+        chunk_tokens: int,
+        kernels: str,
+        budget: int | None,
     ) -> None:
         self._model = model
         self._budget = budget

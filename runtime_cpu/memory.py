@@ -110,7 +110,13 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        parts = (self.weight_bytes, self.expert_bytes, self.kv_bytes, self.scratch_bytes, self.interpreter_bytes)
+        parts = (
+            self.weight_bytes,
+            self.expert_bytes,
+            self.kv_bytes,
+            self.scratch_bytes,
+            self.interpreter_bytes,
+        )
         return sum(parts)
 
     @property

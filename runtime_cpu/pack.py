@@ -152,7 +152,9 @@ def _typed(value: Any) -> Any:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Exit code 2: the source or the statistics are unusable, or the target cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m runtime_cpu.pack", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime_cpu.pack", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="stock GGUF file with Q4_0 experts")
     parser.add_argument("target", type=Path, metavar="OUT", help="where the packed file goes")
     parser.add_argument("--stats", type=Path, help="JSON with expert_counts [layers][experts]")

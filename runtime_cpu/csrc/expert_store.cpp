@@ -27,7 +27,7 @@ ExpertStore::ExpertStore(std::shared_ptr<const Model> model, const ExpertStoreOp
                         " bytes; one token needs " + std::to_string(model_->hyper.experts_per_token));
     }
     memory_ = HugeMemory(slots * shape_.bytes());
-    open_cache(options);
+    open_cache(options, slots);
     return;
   }
   memory_ = HugeMemory(all * shape_.bytes());
@@ -46,7 +46,7 @@ std::size_t ExpertStore::overhead_bytes(const Model& model) {
   return kStagingBuffers * largest + static_cast<std::size_t>(model.hyper.layers * model.hyper.experts) * 512;
 }
 
-void ExpertStore::open_cache(const ExpertStoreOptions& options) {
+void ExpertStore::open_cache(const ExpertStoreOptions& options, std::size_t slots) {
   if (model_->path.empty()) throw EngineError("experts can be read on demand from a file only");
   ReaderOptions reading = options.reader;
   reading.backend = options.backend;
@@ -85,8 +85,7 @@ void ExpertStore::open_cache(const ExpertStoreOptions& options) {
     const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
     for (std::int64_t e = 0; e < model_->hyper.experts; ++e) {
       if (model_->packed) {
-        const std::uint64_t start =
-            model_->offset_of(layer.packed) + static_cast<std::size_t>(e) * shape_.bytes();
+        const std::uint64_t start = model_->offset_of(model_->packed_expert(index, e));
         layout.extents.push_back({start, gate});
         layout.extents.push_back({start + gate, rest});
       } else {
@@ -98,7 +97,7 @@ void ExpertStore::open_cache(const ExpertStoreOptions& options) {
     }
   }
   cache_ = std::make_unique<ExpertCache>(*reader_, std::move(layout),
-                                         std::span<std::byte>(memory_.data(), memory_.size()), cache);
+                                         std::span<std::byte>(memory_.data(), slots * shape_.bytes()), cache);
   if (!model_->expert_frequency.empty()) cache_->warm(cache_->by_popularity());
 }
 

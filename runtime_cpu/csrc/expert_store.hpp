@@ -67,7 +67,7 @@ class ExpertStore {
     return static_cast<std::size_t>(layer * model_->hyper.experts + expert);
   }
   std::byte* place(std::size_t key) const { return memory_.data() + key * shape_.bytes(); }
-  void open_cache(const ExpertStoreOptions& options);
+  void open_cache(const ExpertStoreOptions& options, std::size_t slots);
   const std::byte* loaded(std::size_t key);
   void load(std::size_t key);
   void load_in_background();

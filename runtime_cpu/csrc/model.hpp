@@ -74,8 +74,8 @@ class Model {
   std::vector<Layer> layers;
   std::vector<std::string> warnings;  // choices made where the file leaves them open
   bool tied = false;
-  bool packed = false;                   // made by runtime_cpu.pack
-  std::vector<std::int32_t> places;       // of packed files: [layers][experts], where an expert lies in its layer
+  bool packed = false;               // made by runtime_cpu.pack
+  std::vector<std::int32_t> places;  // of packed files: [layers][experts], where an expert lies in its layer
   std::vector<std::uint64_t> checksums;  // of packed files: [layers][experts][gate, neurons]
   std::vector<float> expert_frequency;   // [layers][experts], share of tokens; empty: unknown
   bool all_f32 = false;

@@ -41,7 +41,8 @@ struct Counters {
   std::vector<std::uint64_t> neurons;         // per layer: computed
   std::vector<std::uint64_t> active_neurons;  // per layer: with a gate above zero
   std::vector<std::uint64_t> expert_counts;   // [layers][experts]: how often chosen
-  // Experts on disk: found in memory or on their way, read, bytes read meanwhile, seconds that threads waited.
+  // Experts on disk: found in memory or on their way, read, bytes read meanwhile, seconds that threads
+  // waited.
   std::uint64_t cache_hits = 0;
   std::uint64_t cache_misses = 0;
   std::uint64_t bytes_read = 0;
