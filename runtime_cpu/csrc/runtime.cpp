@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::int64_t kMostRows = 64;  // of a piece of work: its weights stay in the second cache
 constexpr std::int64_t kLeastRows = 8;
-constexpr std::int64_t kMostTiles = 8;
+constexpr std::int64_t kLeastTiles = 4;  // a short stream never gets up to speed
+constexpr std::int64_t kMostTiles = 64;
 
 bool any_quantised(const Model& model) {
   for (const Layer& layer : model.layers) {
@@ -197,7 +198,7 @@ void Runtime::add_tasks(const Linear& linear, const Activations& x, std::int64_t
                         std::int64_t out_stride) {
   if (!linear.tiled()) return add_tasks(linear.stock, 0, x, tokens, out, out_stride);
   const std::int64_t all = linear.tiles.tiles();
-  const std::int64_t tiles = std::clamp<std::int64_t>(all / (8 * pool_.threads()), 1, kMostTiles);
+  const std::int64_t tiles = std::clamp<std::int64_t>(all / (4 * pool_.threads()), kLeastTiles, kMostTiles);
   for (std::int64_t begin = 0; begin < all; begin += tiles) {
     const std::int64_t end = std::min(begin + tiles, all);
     tasks_.push_back(
