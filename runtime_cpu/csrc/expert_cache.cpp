@@ -17,8 +17,10 @@ constexpr std::int64_t kOnlyEmpty = std::numeric_limits<std::int64_t>::min();
 
 std::size_t at(int index) { return static_cast<std::size_t>(index); }
 
+[[noreturn]] void refuse(const std::string& what) { throw EngineError("expert cache: " + what); }
+
 void check(bool holds, const std::string& what) {
-  if (!holds) throw EngineError("expert cache: " + what);
+  if (!holds) refuse(what);
 }
 
 }  // namespace
@@ -88,8 +90,9 @@ ExpertCache::~ExpertCache() {
 }
 
 std::size_t ExpertCache::key_of(int layer, int expert) const {
-  check(layer >= 0 && layer < layout_.layers && expert >= 0 && expert < layout_.experts,
-        "there is no expert " + std::to_string(expert) + " in layer " + std::to_string(layer));
+  if (layer < 0 || layer >= layout_.layers || expert < 0 || expert >= layout_.experts) {
+    refuse("there is no expert " + std::to_string(expert) + " in layer " + std::to_string(layer));
+  }
   return at(layer) * at(layout_.experts) + at(expert);
 }
 
@@ -123,18 +126,19 @@ int ExpertCache::take_slot(std::int64_t used_before) {
   double least = std::numeric_limits<double>::infinity();
   for (int i = 0; i < slot_count_; ++i) {
     const Slot& slot = slots_[at(i)];
-    if (slot.pinned.load(std::memory_order_relaxed) || busy(slot)) continue;
-    if (slot.key < 0 || broken(slot)) {
+    if (slot.pinned.load(std::memory_order_relaxed)) continue;
+    if (slot.key < 0) {
+      if (busy(slot)) continue;  // what was detached is still being read
       worst = i;
       break;
     }
     const auto key = static_cast<std::size_t>(slot.key);
     if (history_.last_token(key) >= used_before || (slot.speculative && used_before != kAnyTime)) continue;
     const double worth = policy_->worth(history_, key);
-    if (worst < 0 || worth < least) {
-      least = worth;
-      worst = i;
-    }
+    if (worst >= 0 && worth >= least) continue;
+    if (busy(slot)) continue;  // looked at last: the parts of thousands of slots do not fit into a cache
+    least = worth;
+    worst = i;
   }
   if (worst < 0) return -1;
   if (slots_[at(worst)].key >= 0) ++counters_.evictions;
@@ -252,6 +256,7 @@ void ExpertCache::pump() {
 }
 
 void ExpertCache::request(int layer, std::span<const std::int32_t> experts) {
+  if (layer < 0 || layer >= layout_.layers) refuse("there is no layer " + std::to_string(layer));
   std::vector<std::size_t> keys;
   for (const std::int32_t expert : experts) {
     const std::size_t key = key_of(layer, expert);
@@ -259,9 +264,10 @@ void ExpertCache::request(int layer, std::span<const std::int32_t> experts) {
   }
   const Lock lock(mutex_);
   std::erase_if(keys, [&](std::size_t key) { return wanted_[key] != 0; });
-  check(wanted_count_ + static_cast<int>(keys.size()) <= slot_count_,
-        std::to_string(keys.size()) + " experts are requested and " + std::to_string(wanted_count_) +
-            " in use, but there are only " + std::to_string(slot_count_) + " slots");
+  if (wanted_count_ + static_cast<int>(keys.size()) > slot_count_) {
+    refuse(std::to_string(keys.size()) + " experts are requested and " + std::to_string(wanted_count_) +
+           " in use, but there are only " + std::to_string(slot_count_) + " slots");
+  }
   history_.begin(layer);
   std::vector<std::size_t> missing;
   for (const std::size_t key : keys) {
@@ -303,7 +309,7 @@ void ExpertCache::request(int layer, std::span<const std::int32_t> experts) {
 
 const std::byte* ExpertCache::wait(int layer, int expert, int part) {
   const std::size_t key = key_of(layer, expert);
-  check(part >= 0 && at(part) < parts_, "there is no part " + std::to_string(part));
+  if (part < 0 || at(part) >= parts_) refuse("there is no part " + std::to_string(part));
   const auto address = [&](int slot) {
     return place_of(slot, part) + (options_.transform ? 0 : slots_[at(slot)].parts[part].lead);
   };
@@ -315,8 +321,9 @@ const std::byte* ExpertCache::wait(int layer, int expert, int part) {
   }
   const auto begin = std::chrono::steady_clock::now();
   Lock lock(mutex_);
-  check(wanted_[key] != 0,
-        "expert " + std::to_string(expert) + " of layer " + std::to_string(layer) + " was not requested");
+  if (wanted_[key] == 0) {
+    refuse("expert " + std::to_string(expert) + " of layer " + std::to_string(layer) + " was not requested");
+  }
   const auto stop_clock = [&] {
     counters_.waited_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   };
@@ -436,7 +443,7 @@ bool ExpertCache::progress(Lock& lock, bool settling) {
 }
 
 void ExpertCache::release(int layer) {
-  check(layer >= 0 && layer < layout_.layers, "there is no layer " + std::to_string(layer));
+  if (layer < 0 || layer >= layout_.layers) refuse("there is no layer " + std::to_string(layer));
   const Lock lock(mutex_);
   for (const std::size_t key : wanted_of_[at(layer)]) {
     wanted_[key] = 0;

@@ -13,7 +13,7 @@ namespace smallthinker::testing {
 // Experts of parts of uneven sizes: `packed` at multiples of 4096, otherwise at multiples of 32 as in stock
 // GGUF files. The last expert ends with the file, whose size is no multiple of 4096.
 struct ExpertFile {
-  static constexpr std::size_t kPartBytes[] = {20000, 8192, 4128};
+  static constexpr std::size_t kPartBytes[] = {8992, 4096, 2080};
 
   ExpertFile(int layers, int experts, int parts, bool packed) {
     layout.layers = layers;

@@ -149,6 +149,7 @@ void take_back_and_close(const std::string& backend) {
   const TestFile file(64 * kReadAlign);
   const AlignedMemory memory(64 * kReadAlign);
   std::atomic<bool> held{true};
+  std::vector<std::uint64_t> order;  // the reader works on one read at a time
   Read reads[8];
   const auto aim = [&](std::size_t i) {
     reads[i].aim({i * 8 * kReadAlign, 8 * kReadAlign, 0}, memory.data() + i * 8 * kReadAlign);
@@ -156,7 +157,8 @@ void take_back_and_close(const std::string& backend) {
   for (std::size_t i = 0; i < 8; ++i) aim(i);
   auto reader = open_reader(
       file.path, backend,
-      [&](const Read&) {
+      [&](const Read& read) {
+        order.push_back(read.offset / (8 * kReadAlign));
         while (held) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         return Fault{};
       },
@@ -169,13 +171,17 @@ void take_back_and_close(const std::string& backend) {
   Read* started[] = {&reads[3], &reads[0]};
   CHECK(!reader->withdraw(started) && reads[3].pending());  // all or none
   CHECK(reader->withdraw(both) && reads[1].state() == Read::State::kIdle && !reads[2].pending());
+  for (const std::size_t i : {4UL, 5UL}) reader->submit(reads[i], FileReader::Urgency::kLater);
   reader->submit(reads[1]);
+  reader->hurry(reads[5]);
+  CHECK(reader->urgent() == 3 && reader->unfinished() == 5);
   held = false;
-  for (const std::size_t i : {0UL, 1UL, 3UL}) {
+  for (const std::size_t i : {0UL, 1UL, 3UL, 4UL, 5UL}) {
     reader->wait(reads[i]);
     check_bytes(file, reads[i]);
   }
-  CHECK(reader->unfinished() == 0);
+  CHECK(order == (std::vector<std::uint64_t>{0, 1, 5, 3, 4}));
+  CHECK(reader->unfinished() == 0 && reader->urgent() == 0);
   // Closing waits for what is in flight and fails the rest.
   held = true;
   for (Read& read : reads) reader->submit(read);

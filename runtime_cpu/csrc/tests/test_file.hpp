@@ -5,6 +5,7 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <filesystem>
@@ -25,7 +26,10 @@ class TestFile {
  public:
   explicit TestFile(std::size_t bytes, std::uint64_t seed = 7) : content(bytes) {
     RandomStream random(seed);
-    for (std::byte& value : content) value = static_cast<std::byte>(random.next() >> 56U);
+    for (std::size_t at = 0; at < bytes; at += sizeof(std::uint64_t)) {
+      const std::uint64_t value = random.next();
+      std::memcpy(&content[at], &value, std::min(sizeof value, bytes - at));
+    }
     path = (std::filesystem::temp_directory_path() /
             ("smallthinker-" + std::to_string(::getpid()) + "-" + std::to_string(serial().fetch_add(1))))
                .string();
