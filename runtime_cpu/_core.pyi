@@ -72,7 +72,7 @@ class Model:
     ) -> tuple[NDArray[np.uint8], list[int]]: ...
 
 class Plan:
-    """Bytes that a runtime needs besides the interpreter; ``expert_bytes`` is one expert's, 0 if none can be offloaded."""
+    """Bytes that a runtime needs; ``expert_bytes`` is one expert's, 0 if none can be offloaded."""
 
     @property
     def weight_bytes(self) -> int: ...

@@ -16,6 +16,7 @@ from typing import Any
 
 from runtime_cpu import _core, engine
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
+from runtime_cpu.planning import CHUNK_TOKENS, Planner
 from runtime_cpu.tokenizer import TokenType
 
 # The paper's mean over layers (arXiv 2507.20984, section 5.1).
@@ -197,7 +198,7 @@ def _memory(model: _core.Model, budget: int | None, context: int | None, threads
     """The plan of ``Engine.open`` with its defaults, by part, and the smallest budget that would do."""
 
     def fit(limit: int | None) -> tuple[int, int, MemoryPlan]:
-        planner = engine._Planner(model, threads, "auto", engine._CHUNK_TOKENS, "auto", limit)
+        planner = Planner(model, threads, "auto", CHUNK_TOKENS, "auto", limit)
         return planner.fit(context, None)
 
     try:

@@ -207,13 +207,15 @@ def test_an_interrupted_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
     )
     stock = write_model(tmp_path / "stock.gguf", shape, random_weights(shape), "Q4_0")
     target = tmp_path / "packed.gguf"
+    partial = tmp_path / f".{target.name}.partial"
     killed = 0
-    for delay in (0.4, 0.55):
+    for written in (1, 10_000_000, 40_000_000):
         process = subprocess.Popen(
             [sys.executable, "-m", "runtime_cpu.pack", str(stock), str(target), "--threads", "1"],
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
         )
-        time.sleep(delay)
+        while process.poll() is None and not (partial.exists() and partial.stat().st_size >= written):
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if target.exists():

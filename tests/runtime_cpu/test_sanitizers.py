@@ -61,7 +61,13 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
 
 def test_threads_under_thread_sanitizer() -> None:
     output = run(build("thread"), "pool", "forward", "offload", "file", "cache")
-    for part in ("thread pool: ok", "forward: ok", "offload: ok", "file reader page_cache: ok", "expert cache: "):
+    for part in (
+        "thread pool: ok",
+        "forward: ok",
+        "offload: ok",
+        "file reader page_cache: ok",
+        "expert cache: ",
+    ):
         assert part in output
 
 
