@@ -23,35 +23,38 @@ std::size_t stock_bytes(const Matrix& matrix) {
   return matrix.row_bytes * static_cast<std::size_t>(matrix.rows * matrix.experts);
 }
 
+std::size_t copied_bytes(const Matrix& matrix) { return (stock_bytes(matrix) + 63) / 64 * 64; }
+
 }  // namespace
 
 WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
     : expert(model.expert_shape()) {
-  const auto count = [&](const Linear& linear) {
-    if (becomes_tiles(linear, kernels)) {
-      dense_bytes += tiles_of(linear).bytes();
-    } else {
-      mapped_bytes += stock_bytes(linear.stock);
-    }
-  };
   bool can_pack = true;
   for (const Layer& layer : model.layers) {
-    for (const Linear* linear : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.router})
-      count(*linear);
     for (const Matrix* matrix : {&layer.gate, &layer.up, &layer.down}) {
       can_pack = can_pack && (model.packed || matrix->type == Type::kQ4_0);
     }
   }
   packed_experts = can_pack && (model.packed || kernels.packed || offload);
-  count(model.head);
-  // Rows of an embedding of its own are read from the file one by one.
+  const auto count = [&](const Linear& linear) {
+    if (becomes_tiles(linear, kernels)) {
+      dense_bytes += tiles_of(linear).bytes();
+    } else if (packed_experts) {
+      dense_bytes += copied_bytes(linear.stock);
+    } else {
+      mapped_bytes += stock_bytes(linear.stock);
+    }
+  };
   for (const Layer& layer : model.layers) {
+    for (const Linear* linear : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.router})
+      count(*linear);
     if (packed_experts) {
       expert_bytes += static_cast<std::size_t>(model.hyper.experts) * expert.bytes();
     } else {
       mapped_bytes += stock_bytes(layer.gate) + stock_bytes(layer.up) + stock_bytes(layer.down);
     }
   }
+  count(model.head);  // rows of an embedding of its own are read from the file one by one
 }
 
 Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, ThreadPool& pool,
@@ -70,8 +73,17 @@ Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, Thr
 }
 
 Linear Weights::load(const Linear& from, const Kernels& kernels, ThreadPool& pool) {
-  if (!becomes_tiles(from, kernels)) return from;
   Linear linear;
+  if (!becomes_tiles(from, kernels)) {
+    linear.stock = from.stock;
+    if (!plan.packed_experts) return linear;
+    // Beside a budget's worth of experts, what stays in the page cache only would be pushed out token by
+    // token.
+    std::memcpy(next_, from.stock.data, stock_bytes(from.stock));
+    linear.stock.data = next_;
+    next_ += copied_bytes(from.stock);
+    return linear;
+  }
   linear.tiles = tiles_of(from);
   std::byte* const out = next_;
   next_ += linear.tiles.bytes();

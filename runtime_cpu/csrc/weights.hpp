@@ -29,7 +29,7 @@ struct WeightPlan {
 
   bool packed_experts = false;
   ExpertShape expert;
-  std::size_t dense_bytes = 0;   // copied: tiles
+  std::size_t dense_bytes = 0;   // copied: tiles, and beside packed experts every other matrix
   std::size_t expert_bytes = 0;  // of every expert, when packed
   std::size_t mapped_bytes = 0;  // read where they lie in the file
 };
