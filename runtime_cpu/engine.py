@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from runtime_cpu import _core
 from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
+from runtime_cpu.lookup import MOST_DRAFTED
 from runtime_cpu.memory import (
     MemoryPlan,
     parse_bytes,
@@ -301,6 +302,7 @@ class Engine:
         stop_ids: Iterable[int] | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int = 0,
+        lookup: bool | None = None,
     ) -> Generation:
         """Continue ``token_ids``; an iterator of :class:`Token` that may be closed at any time.
 
@@ -313,6 +315,8 @@ class Engine:
             stop_ids: ids that end the answer and are not given out; by default those that the tokenizer names.
             seed: makes the sampling reproducible; by default drawn anew and found in ``stats.seed``.
             logprobs: how many of the most probable tokens each :class:`Token` lists.
+            lookup: guess by prompt lookup while that is faster (``lookup.py``); the output does not change. By default
+                when all experts are in memory: guesses touch more experts, and each may be a read.
 
         Raises:
             ValueError: an argument is out of range (at the call, not at the first token).
@@ -338,6 +342,9 @@ class Engine:
             stop_ids=frozenset(self.tokenizer.stop_ids if stop_ids is None else stop_ids),
             logit_bias=bias,
             logprobs=logprobs,
+            # A rejected guess is cut off again; windowed layers remember as far back as a chunk is long.
+            lookup=(not self.info.plan.offloads if lookup is None else lookup)
+            and self._chunk_tokens > MOST_DRAFTED,
         )
         return Generation(self, prompt, options)
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu._core import Sampler
+from runtime_cpu.lookup import MOST_DRAFTED, Pace, PromptLookup
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -59,6 +60,7 @@ class Stats:
         finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
         stop_id: the stop token that ended it.
         seed: what reproduces the sampling.
+        drafted_tokens, accepted_tokens: guessed by prompt lookup, and guessed right.
     """
 
     prompt_tokens: int = 0
@@ -79,6 +81,8 @@ class Stats:
     stop_id: int | None = None
     seed: int | None = None
     decode_steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -105,7 +109,7 @@ class Stats:
     @property
     def decode_tokens_per_s(self) -> float:
         """Speed of the tokens after the first one."""
-        return self.decode_steps / self.decode_s if self.decode_s > 0 else 0.0
+        return (self.decode_steps + self.accepted_tokens) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class SamplingOptions:
     stop_ids: frozenset[int]
     logit_bias: Mapping[int, float]
     logprobs: int
+    lookup: bool = True
 
     def __post_init__(self) -> None:
         def check(name: str, low: float, high: float, *, open_low: bool = False) -> None:
@@ -203,7 +208,9 @@ class Generation(Iterator[Token]):
         started = time.perf_counter()
         room = engine.info.context - len(prompt)
         limit = room if options.max_tokens is None else min(options.max_tokens, room)
-        logits = np.empty((1, engine.info.vocab_size), np.float32)
+        buffer = np.empty(((MOST_DRAFTED if options.lookup else 0) + 1, engine.info.vocab_size), np.float32)
+        logits = buffer[:1]
+        step_s = 0.0
         with engine._borrow_session(prompt) as session:
             try:
                 stats.reused_tokens = session.length
@@ -216,23 +223,47 @@ class Generation(Iterator[Token]):
                     if not last:
                         stats.prompt_s = time.perf_counter() - started
                 stats.prompt_s = time.perf_counter() - started
+                lookup = PromptLookup(prompt.tolist()) if options.lookup else None
+                pace = Pace()
+                draft: list[int] = []
+                rows = logits
+                row = 0  # of `rows`: what the next token is chosen from
                 while True:
                     if stats.generated_tokens >= limit:
                         stats.finish_reason = "length"
                         return
-                    token_id, logprob, top = sampler.sample(logits[0], options.logprobs)
+                    token_id, logprob, top = sampler.sample(rows[row], options.logprobs)
                     if stats.generated_tokens == 0:
                         stats.first_token_s = time.perf_counter() - started
                     if token_id in options.stop_ids:
                         stats.finish_reason, stats.stop_id = "stop", token_id
                         return
                     stats.generated_tokens += 1
+                    if lookup is not None:
+                        lookup.extend([token_id])
+                    if row < len(draft) and draft[row] == token_id:
+                        row += 1  # it was guessed: the next row holds its logits already
+                        stats.accepted_tokens += 1
+                        yield Token(token_id, logprob, tuple(top))
+                        continue
                     yield Token(token_id, logprob, tuple(top))
-                    if stats.generated_tokens < limit:
-                        step = time.perf_counter()
-                        engine._compute(session, np.array([token_id], np.int32), logits)
-                        stats.decode_s += time.perf_counter() - step
-                        stats.decode_steps += 1
+                    if stats.generated_tokens >= limit:
+                        continue
+                    if draft:
+                        pace.record(len(draft), row + 1, step_s)
+                        session.truncate(session.length - (len(draft) - row))
+                    step = time.perf_counter()
+                    draft = []
+                    if lookup is not None and pace.wants_draft():
+                        draft = lookup.draft(min(MOST_DRAFTED, limit - stats.generated_tokens - 1))
+                    rows, row = buffer[: len(draft) + 1], 0
+                    engine._compute(session, np.array([token_id, *draft], np.int32), rows)
+                    step_s = time.perf_counter() - step
+                    if not draft:
+                        pace.record(0, 1, step_s)
+                    stats.decode_s += step_s
+                    stats.decode_steps += 1
+                    stats.drafted_tokens += len(draft)
             except GeneratorExit:
                 stats.finish_reason = "cancelled"
                 raise
