@@ -256,8 +256,15 @@ def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row
         memory_bytes=plan.memory_bytes,
         cgroup_peak_bytes=None if worker.group is None else worker.group.peak_bytes(),
         active_neuron_share=fmean(active) if active else None,
+        cache_hit_rate=_spread(measured, "cache_hit_rate"),
+        bytes_read_per_token=_spread(measured, "bytes_read_per_token") if plan.decode_tokens else None,
         others_cores=Spread.of(others) if others else None,
     )
+
+
+def _spread(measured: Sequence[dict[str, Any]], name: str) -> Spread | None:
+    values = [item[name] for item in measured if name in item]
+    return Spread.of(values) if values else None
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,6 +48,8 @@ class Row:
         first_token_s: from a prompt of ``prompt_tokens`` to the first token.
         memory_bytes: the limit, if there was one; ``cgroup_peak_bytes``: the most that its cgroup was charged.
         active_neuron_share: of our engine's experts, mean over the runs.
+        cache_hit_rate, bytes_read_per_token: of an engine whose experts are on disk: experts that needed no read, and
+            bytes that each decoded token read.
         others_cores: cores that other processes kept busy during each run, on average.
     """
 
@@ -63,6 +65,8 @@ class Row:
     memory_bytes: int | None = None
     cgroup_peak_bytes: int | None = None
     active_neuron_share: float | None = None
+    cache_hit_rate: Spread | None = None
+    bytes_read_per_token: Spread | None = None
     others_cores: Spread | None = None
 
 
@@ -127,6 +131,11 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
             lines.append(
                 f"{'':<20} in a cgroup of {format_bytes(row.memory_bytes)}, of which at most "
                 f"{format_bytes(row.cgroup_peak_bytes)} were charged"
+            )
+        if row.bytes_read_per_token is not None and row.cache_hit_rate is not None:
+            lines.append(
+                f"{'':<20} {row.cache_hit_rate.median:.1%} of experts found in memory; decoding read "
+                f"{row.bytes_read_per_token.median / 1e6:.1f} MB per token"
             )
         if row.others_cores is not None and row.others_cores.high >= _BUSY_CORES:
             runs = ", ".join(f"{cores:.1f}" for cores in row.others_cores.runs)

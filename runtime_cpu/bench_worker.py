@@ -60,7 +60,7 @@ class OurEngine:
             with self._engine.generate(before, 1, stop_ids=()) as generation:
                 list(generation)
         ids = np.concatenate([before, prompt])
-        with self._engine.generate(ids, decode_tokens + 1, stop_ids=()) as generation:
+        with self._engine.generate(ids, decode_tokens + 1, stop_ids=(), lookup=False) as generation:
             for _ in generation:
                 pass
         stats = generation.stats
@@ -69,6 +69,12 @@ class OurEngine:
                 f"{stats.reused_tokens} tokens of the context were kept instead of {before.size}"
             )
         times = {"prompt_s": stats.prompt_s, "decode_s": stats.decode_s, "first_token_s": stats.first_token_s}
+        if self._engine.info.plan.offloads:
+            times |= {
+                "cache_hit_rate": stats.cache_hit_rate,
+                "bytes_read_per_token": (stats.bytes_read - stats.prompt_bytes_read)
+                / max(stats.decode_steps, 1),
+            }
         return {**times, "active_neuron_share": stats.active_neuron_share}
 
 

@@ -55,7 +55,7 @@ class Stats:
         expert_counts: how often each expert was chosen, [layers][experts].
         cache_hits, cache_misses: experts found in memory (or on their way there) and experts read from the file,
             counted once per layer and batch; both 0 when all experts stay in memory.
-        bytes_read: read from the file meanwhile, guesses included.
+        bytes_read: read from the file meanwhile, guesses included; ``prompt_bytes_read`` of them for the prompt.
         io_wait_s: time that computing threads waited for experts, summed over the threads.
         finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
         stop_id: the stop token that ended it.
@@ -75,6 +75,7 @@ class Stats:
     cache_hits: int = 0
     cache_misses: int = 0
     bytes_read: int = 0
+    prompt_bytes_read: int = 0
     io_wait_s: float = 0.0
     peak_rss_bytes: int = 0
     finish_reason: str | None = None
@@ -223,6 +224,7 @@ class Generation(Iterator[Token]):
                     if not last:
                         stats.prompt_s = time.perf_counter() - started
                 stats.prompt_s = time.perf_counter() - started
+                stats.prompt_bytes_read = session.bytes_read
                 lookup = PromptLookup(prompt.tolist()) if options.lookup else None
                 pace = Pace()
                 draft: list[int] = []

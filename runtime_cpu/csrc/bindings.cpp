@@ -326,6 +326,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("length", [](const PySession& s) { return s.session.length(); })
       .def("tokens", [](const PySession& s) { return s.session.tokens(); })
       .def("take_counters", &take_counters)
+      .def_prop_ro("bytes_read", [](const PySession& s) { return s.session.counters.bytes_read; })
       .def("truncate", [](PySession& s, std::int64_t length) { return s.session.truncate(length); });
 
   nb::class_<PyRuntime>(m, "Runtime")
