@@ -107,6 +107,23 @@ std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, s
 void avx512_matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
                    const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 #endif
+#if defined(SMALLTHINKER_ARM64)
+const Kernels& neon_table();
+void neon_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
+void neon_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t neon_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                          std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
+                          float* out);
+// The dot-product table is NEON's with these, and the i8mm table is that with its own tiles.
+void neon_dotprod_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                        const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t neon_dotprod_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                                  std::int64_t group_end, const float* gate, const Activations& x,
+                                  std::int64_t token, float* out);
+void neon_i8mm_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                     const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+#endif
 
 // Those that this processor can run, slowest first.
 std::vector<const Kernels*> available_kernels();
