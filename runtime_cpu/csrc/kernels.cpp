@@ -1,6 +1,30 @@
 #include "kernels.hpp"
 
+#if defined(SMALLTHINKER_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace smallthinker {
+#if defined(SMALLTHINKER_ARM64)
+namespace {
+
+struct ArmFeatures {
+  bool dot_product = false;
+  bool matrix_product = false;
+};
+
+ArmFeatures arm_features() {
+#if defined(__linux__)  // bits of asm/hwcap.h, which may be older than the processor
+  constexpr unsigned long kDotProduct = 1UL << 20U;     // HWCAP_ASIMDDP
+  constexpr unsigned long kMatrixProduct = 1UL << 13U;  // HWCAP2_I8MM
+  return {(getauxval(AT_HWCAP) & kDotProduct) != 0, (getauxval(AT_HWCAP2) & kMatrixProduct) != 0};
+#else
+  return {};
+#endif
+}
+
+}  // namespace
+#endif
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> result{&reference_table()};
@@ -28,6 +52,25 @@ std::vector<const Kernels*> available_kernels() {
       result.push_back(&avx512);
     }
   }
+#endif
+#if defined(SMALLTHINKER_ARM64)
+  const ArmFeatures features = arm_features();
+  result.push_back(&neon_table());
+  static const Kernels dotprod = [] {
+    Kernels table = neon_table();
+    table.name = "neon_dotprod";
+    table.tiles = neon_dotprod_tiles;
+    table.neurons = neon_dotprod_neurons;
+    return table;
+  }();
+  static const Kernels i8mm = [] {
+    Kernels table = dotprod;
+    table.name = "neon_i8mm";
+    table.tiles = neon_i8mm_tiles;
+    return table;
+  }();
+  if (features.dot_product) result.push_back(&dotprod);
+  if (features.dot_product && features.matrix_product) result.push_back(&i8mm);
 #endif
   return result;
 }

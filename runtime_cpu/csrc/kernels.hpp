@@ -86,6 +86,12 @@ std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert
                                std::int64_t token, float* out);
 #if defined(SMALLTHINKER_X86)
 const Kernels& avx2_table();
+void avx2_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
+void avx2_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t avx2_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                          std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
+                          float* out);
 // The AVX-512 table is AVX2's with these (needs F, BW, DQ, VL and VNNI).
 void avx512_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
                              float scale, float* scores, std::int64_t score_stride);
@@ -100,6 +106,23 @@ std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, s
                             std::int64_t token, float* out);
 void avx512_matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
                    const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+#endif
+#if defined(SMALLTHINKER_ARM64)
+const Kernels& neon_table();
+void neon_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
+void neon_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t neon_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                          std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
+                          float* out);
+// The dot-product table is NEON's with these, and the i8mm table is that with its own tiles.
+void neon_dotprod_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                        const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+std::int64_t neon_dotprod_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                                  std::int64_t group_end, const float* gate, const Activations& x,
+                                  std::int64_t token, float* out);
+void neon_i8mm_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                     const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 #endif
 
 // Those that this processor can run, slowest first.

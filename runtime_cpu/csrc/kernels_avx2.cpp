@@ -471,10 +471,9 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 }  // namespace
 
 const Kernels& avx2_table() {
-  static constexpr Kernels kTable = {"avx2",       matmul,           quantise,         rms_norm,
-                                     rotate,       attention_scores, exp_sum,          attention_values,
-                                     scale,        add_scaled,       to_half,          false,
-                                     split_planes, reference_tiles,  reference_neurons};
+  static constexpr Kernels kTable = {"avx2",           matmul,  quantise,          rms_norm,   rotate,
+                                     attention_scores, exp_sum, attention_values,  scale,      add_scaled,
+                                     to_half,          true,    avx2_split_planes, avx2_tiles, avx2_neurons};
   return kTable;
 }
 

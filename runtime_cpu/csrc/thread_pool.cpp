@@ -14,6 +14,9 @@ constexpr int kYields = 200;
 void relax() {
 #if defined(SMALLTHINKER_X86)
   _mm_pause();
+#elif defined(SMALLTHINKER_ARM64)
+  // `yield` does nothing on most cores; waiting for the pipeline to drain leaves the line to its writer.
+  __asm__ volatile("isb" ::: "memory");
 #else
   std::this_thread::yield();
 #endif

@@ -181,6 +181,20 @@ void test_elementwise(const Kernels& kernels, std::int64_t size, RandomStream& r
         static_cast<long>(size));
 }
 
+// Nothing is left of what lies far below, and damage shows: in every lane and in the tail.
+void test_exp_edges(const Kernels& kernels) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (std::size_t at = 0; at < 19; ++at) {
+    std::vector<float> x(19, 0.0F);
+    x[at] = at % 2 == 0 ? -1000.0F : -infinity;
+    CHECK(kernels.exp_sum(x.data(), 19, 0.0F) == 18.0F && x[at] == 0.0F, "%s exp_sum far below",
+          kernels.name);
+    x[at] = std::nanf("");
+    CHECK(std::isnan(kernels.exp_sum(x.data(), 19, 0.0F)) && std::isnan(x[at]), "%s exp_sum of no number",
+          kernels.name);
+  }
+}
+
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
                     bool half, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
@@ -252,6 +266,7 @@ void test_kernels() {
       }
     }
     test_quantise(*kernels, random);
+    test_exp_edges(*kernels);
     for (const std::int64_t size : {1, 2, 3, 7, 8, 9, 16, 30, 32, 64, 100, 257}) {
       test_elementwise(*kernels, size, random);
     }

@@ -28,11 +28,18 @@ struct Inputs {
     q.resize(size);
     scales.resize(size / 32);
     for (float& value : f32) value = (random.fraction() < 0.02 ? 30.0F : 1.0F) * uniform(random);
-    kernels.quantise(f32.data(), rows * cols, q.data(), scales.data());
     planes.resize(static_cast<std::size_t>(rows) * Planes::row_bytes(cols));
-    for (std::int64_t r = 0; r < rows; ++r) {
-      kernels.split_planes(q.data() + r * cols, scales.data() + r * cols / 32, cols,
-                           planes.data() + static_cast<std::size_t>(r) * Planes::row_bytes(cols));
+    requantise(kernels);
+  }
+  void requantise(const Kernels& kernels) {
+    kernels.quantise(f32.data(), static_cast<std::int64_t>(f32.size()), q.data(), scales.data());
+    split(kernels);
+  }
+  void split(const Kernels& kernels) {
+    const std::size_t bytes = Planes::row_bytes(cols);
+    for (std::size_t r = 0; r < planes.size() / bytes; ++r) {
+      const auto at = r * static_cast<std::size_t>(cols);
+      kernels.split_planes(q.data() + at, scales.data() + at / 32, cols, planes.data() + r * bytes);
     }
   }
   Activations view(const std::int32_t* index = nullptr) const {
@@ -85,7 +92,7 @@ void test_tiles(const Kernels& kernels, std::int64_t rows, std::int64_t cols, Ra
   std::vector<std::int32_t> index;
   for (std::int32_t t = 0; t < kTokens; ++t) index.push_back((7 * t + 3) % kTokens);
   const std::int64_t stride = rows + 5;
-  for (const std::int64_t tokens : {std::int64_t{1}, std::int64_t{2}, std::int64_t{7}, kTokens}) {
+  for (const std::int64_t tokens : {1, 2, 3, 5, 7, 15}) {
     std::vector<float> out(static_cast<std::size_t>(kTokens * stride), 42.0F);
     kernels.tiles(tiled, 0, tiled.tiles(), x.view(index.data()), tokens, out.data(), stride);
     for (std::int64_t t = 0; t < kTokens; ++t) {
@@ -212,6 +219,76 @@ void test_not_finite(const Kernels& kernels, RandomStream& random) {
   gates[3] = std::numeric_limits<float>::infinity();
   kernels.neurons(shape, memory.data, 0, 1, gates.data(), x.view(), 0, out.data());
   CHECK(!std::isfinite(out[0]), "%s: an infinite neuron left no trace", kernels.name);
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+    Inputs damaged(random, kernels, 1, 64);
+    damaged.f32[40] = bad;
+    damaged.requantise(kernels);
+    pack_tiles(up.matrix, 0, 0, 2, memory.data);
+    std::vector<float> rows(32, 0.0F);
+    kernels.tiles({memory.data, 32, 64}, 0, 2, damaged.view(), 1, rows.data(), 32);
+    for (const float value : rows) CHECK(!std::isfinite(value), "%s: damage left no trace", kernels.name);
+  }
+}
+
+// Both forms of a row and its scales and offsets, byte for byte as the plain code splits it.
+void test_planes(const Kernels& kernels, RandomStream& random) {
+  for (const std::int64_t cols : {32, 96, 512, 544, 1536}) {
+    const Inputs x(random, kernels, 2, cols);
+    Bytes expected(x.planes.size(), std::byte{0x33});
+    const std::size_t bytes = Planes::row_bytes(cols);
+    for (std::size_t r = 0; r < 2; ++r) {
+      const auto at = r * static_cast<std::size_t>(cols);
+      split_planes(x.q.data() + at, x.scales.data() + at / 32, cols, expected.data() + r * bytes);
+    }
+    CHECK(x.planes == expected, "%s split_planes of %ld", kernels.name, static_cast<long>(cols));
+  }
+}
+
+// The greatest sums there can be: every nibble 15, or 0, and activations whose upper byte is the greatest or
+// whose lower byte is the least. Narrow sums must hold them.
+void test_extremes(const Kernels& kernels, RandomStream& random) {
+  constexpr std::int64_t kSize = 544;
+  const ExpertShape shape{kSize, 64};
+  for (const auto& [value, bits] : {std::pair(7.0, 0xFF), std::pair(-8.0, 0x00)}) {
+    Stock up(random, kSize, 64), down(random, 64, kSize);
+    for (Stock* stock : {&up, &down}) {
+      for (std::size_t i = 0; i < stock->bytes.size(); ++i) {
+        stock->bytes[i] = static_cast<std::byte>(i % 18 == 0 ? 0x00 : i % 18 == 1 ? 0x3C : bits);
+      }
+    }
+    for (const int q : {32512, 32384, -32512, -32384, -128, 127}) {
+      Inputs x(random, kernels, 4, kSize);
+      std::fill(x.f32.begin(), x.f32.end(), static_cast<float>(q));
+      std::fill(x.q.begin(), x.q.end(), static_cast<std::int16_t>(q));
+      std::fill(x.scales.begin(), x.scales.end(), 1.0F);
+      x.split(kernels);
+      const double dot = value * q * kSize;
+      const Aligned memory(shape.bytes());
+      const TileMatrix tiled{memory.data, 64, kSize};
+      pack_tiles(up.matrix, 0, 0, tiled.tiles(), memory.data);
+      for (const std::int64_t tokens : {1, 2, 4}) {
+        std::vector<float> out(static_cast<std::size_t>(tokens * 64));
+        kernels.tiles(tiled, 0, tiled.tiles(), x.view(), tokens, out.data(), 64);
+        for (const float one : out) {
+          CHECK(std::fabs(static_cast<double>(one) - dot) <= std::fabs(dot) * kEpsilon * 16,
+                "%s tiles: %g for %g", kernels.name, static_cast<double>(one), dot);
+        }
+      }
+      // One neuron of each group at 32512 steps, the others at 32384: the lower byte is -128.
+      pack_up(up.matrix, 0, shape, memory.data);
+      pack_down(down.matrix, 0, shape, memory.data);
+      std::vector<float> gates(64, 32384.0F / 32512.0F);
+      gates[5] = gates[40] = 1.0F;
+      const double exact = value * dot * (2.0 + 62.0 * 32384.0 / 32512.0);
+      std::vector<float> out(static_cast<std::size_t>(shape.padded()), 0.0F);
+      kernels.neurons(shape, memory.data, 0, 2, gates.data(), x.view(), 0, out.data());
+      for (std::int64_t d = 0; d < kSize; ++d) {
+        const double one = static_cast<double>(out[static_cast<std::size_t>(d)]);
+        CHECK(std::fabs(one - exact) <= std::fabs(exact) * 1e-5, "%s neurons: %g for %g", kernels.name, one,
+              exact);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -220,7 +297,7 @@ void test_packed() {
   RandomStream random(11);
   for (const Kernels* kernels : available_kernels()) {
     for (const std::int64_t cols : {32, 64, 96, 160, 512, 544}) {
-      for (const std::int64_t rows : {1, 15, 16, 17, 48}) test_tiles(*kernels, rows, cols, random);
+      for (const std::int64_t rows : {1, 5, 12, 15, 16, 17, 25, 48}) test_tiles(*kernels, rows, cols, random);
     }
     for (const std::int64_t hidden : {32, 96, 512, 640, 1024}) {
       for (const std::int64_t neurons : {32, 64, 96}) {
@@ -230,5 +307,7 @@ void test_packed() {
     }
     test_neurons(*kernels, 64, 32 * 40, 0.5, random);
     test_not_finite(*kernels, random);
+    test_extremes(*kernels, random);
+    test_planes(*kernels, random);
   }
 }

@@ -1,0 +1,313 @@
+// What the NEON kernel files share: loads, and the packed layouts' loops over a `Dot`, the way in which one
+// instruction set multiplies bytes. A Dot is a struct of the file's own anonymous namespace, so that every
+// instance of these templates belongs to that file alone:
+//
+//   struct Dot {
+//     struct Sum;                                               // four 32-bit sums, however it keeps them
+//     static Sum zero();
+//     static void add(Sum&, int8x16_t a, int8x16_t b);          // bytes 4 i + k of both, for each sum i
+//     template <int J>
+//     static void add_word(Sum&, int8x16_t a, int8x16_t b);     // bytes 4 i + k of a and 4 J + k of b
+//     static int32x4_t total(const Sum&);                       // of at most 8 additions
+//     static void columns(const Column&, std::int64_t at, int32x4_t (&sums)[4][2]);
+//     static constexpr int kSums;                               // that fit the registers
+//   };
+#pragma once
+
+#include <arm_neon.h>
+
+#include "kernels.hpp"
+
+namespace smallthinker::neon {
+
+inline constexpr int kAhead = 4;                   // neurons whose weights are on their way into the cache
+inline constexpr std::int64_t kListedGroups = 16;  // groups whose active neurons are listed together
+
+// ---- loads
+
+SMALLTHINKER_INLINE uint8x16_t load_bytes(const std::byte* at) {
+  return vld1q_u8(static_cast<const std::uint8_t*>(static_cast<const void*>(at)));
+}
+
+SMALLTHINKER_INLINE float32x4_t four_halves(const std::byte* at) {
+  const uint16x4_t bits = vld1_u16(static_cast<const std::uint16_t*>(static_cast<const void*>(at)));
+  return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+}
+
+SMALLTHINKER_INLINE float one_half(const std::byte* at) {
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(load<std::uint16_t>(at)))), 0);
+}
+
+SMALLTHINKER_INLINE int8x16_t nibbles(uint8x16_t bytes, bool high) {
+  return vreinterpretq_s8_u8(high ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
+SMALLTHINKER_INLINE int8x16_t repeat_word(const std::int8_t* at) {
+  return vreinterpretq_s8_s32(vdupq_n_s32(load<std::int32_t>(reinterpret_cast<const std::byte*>(at))));
+}
+
+// start + low + 256 * high.
+SMALLTHINKER_INLINE float32x4_t join(int32x4_t start, int32x4_t low, int32x4_t high) {
+  return vcvtq_f32_s32(vaddq_s32(vaddq_s32(start, low), vshlq_n_s32(high, 8)));
+}
+
+SMALLTHINKER_INLINE float sum_lanes(float32x4_t v) {
+  const float32x2_t half = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+  return vget_lane_f32(half, 0) + vget_lane_f32(half, 1);
+}
+
+SMALLTHINKER_INLINE void store_rows(float* out, std::int64_t left, float32x4_t values) {
+  if (left >= 4) {
+    vst1q_f32(out, values);
+    return;
+  }
+  float lanes[4];
+  vst1q_f32(lanes, values);
+  for (std::int64_t i = 0; i < left; ++i) out[i] = lanes[i];
+}
+
+// ---- tiles
+
+// The products of word J of every row with N tokens.
+template <typename Dot, int J, int N, int R>
+SMALLTHINKER_INLINE void tile_word(const std::byte* block, bool upper, const int8x16_t (&x_high)[N],
+                                   const int8x16_t (&x_low)[N], typename Dot::Sum (&high)[N][R],
+                                   typename Dot::Sum (&low)[N][R]) {
+  int8x16_t weights[R];
+  for (int r = 0; r < R; ++r) weights[r] = nibbles(load_bytes(block + J * 64 + r * 16), upper);
+  for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) Dot::template add_word<J>(high[n][r], weights[r], x_high[n]);
+    for (int r = 0; r < R; ++r) Dot::template add_word<J>(low[n][r], weights[r], x_low[n]);
+  }
+}
+
+// N tokens with R times 4 rows of each tile at a time.
+template <typename Dot, int N, int R>
+void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+  const std::int64_t pairs = matrix.pairs();
+  Planes planes[N];
+  for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
+  const std::byte* begin = matrix.data + static_cast<std::size_t>(tile_begin) * matrix.tile_bytes();
+  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile, begin += matrix.tile_bytes()) {
+    for (int first = 0; first < 4; first += R) {
+      float32x4_t sums[N][R];
+      for (auto& token_sums : sums) {
+        for (float32x4_t& sum : token_sums) sum = vdupq_n_f32(0.0F);
+      }
+      for (std::int64_t b = 0; b < 2 * pairs; ++b) {
+        const std::byte* pair = begin + b / 2 * kTilePairBytes;
+        const std::byte* block = pair + b % 2 * 256 + first * 16;
+        typename Dot::Sum high[N][R];
+        typename Dot::Sum low[N][R];
+        for (int n = 0; n < N; ++n) {
+          for (int r = 0; r < R; ++r) high[n][r] = low[n][r] = Dot::zero();
+        }
+        for (int half = 0; half < 2; ++half) {
+          int8x16_t x_high[N];
+          int8x16_t x_low[N];
+          for (int n = 0; n < N; ++n) {
+            const std::int8_t* values = planes[n].natural() + b * 64 + half * 16;
+            x_high[n] = vld1q_s8(values);
+            x_low[n] = vld1q_s8(values + 32);
+          }
+          tile_word<Dot, 0>(block, half != 0, x_high, x_low, high, low);
+          tile_word<Dot, 1>(block, half != 0, x_high, x_low, high, low);
+          tile_word<Dot, 2>(block, half != 0, x_high, x_low, high, low);
+          tile_word<Dot, 3>(block, half != 0, x_high, x_low, high, low);
+        }
+        for (int r = 0; r < R; ++r) {
+          const float32x4_t scales = four_halves(pair + 512 + b % 2 * 32 + (first + r) * 8);
+          for (int n = 0; n < N; ++n) {
+            const float32x4_t scale = vmulq_n_f32(scales, planes[n].scales()[b]);
+            const int32x4_t start = vdupq_n_s32(planes[n].offsets()[b]);
+            const float32x4_t value = join(start, Dot::total(low[n][r]), Dot::total(high[n][r]));
+            sums[n][r] = vfmaq_f32(sums[n][r], value, scale);
+          }
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        for (int r = 0; r < R; ++r) {
+          const std::int64_t row = (tile - tile_begin) * kTileRows + (first + r) * 4;
+          store_rows(out + (token + n) * out_stride + row, matrix.rows - tile_begin * kTileRows - row,
+                     sums[n][r]);
+        }
+      }
+    }
+  }
+}
+
+template <typename Dot>
+void tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end, const Activations& x,
+           std::int64_t tokens, float* out, std::int64_t out_stride) {
+  std::int64_t t = 0;
+  for (; t + 4 <= tokens; t += 4) {
+    tile_tokens<Dot, 4, Dot::kSums / 4>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+  }
+  for (; t + 2 <= tokens; t += 2) {
+    tile_tokens<Dot, 2, Dot::kSums / 2>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+  }
+  if (t < tokens) tile_tokens<Dot, 1, 4>(matrix, tile_begin, tile_end, x, t, out, out_stride);
+}
+
+// ---- neurons
+
+// Hidden values of one group's listed neurons as 16-bit integers, in bytes; missing ones weigh nothing.
+struct Column {
+  const std::byte* nibbles[kNeuronGroup];
+  std::int8_t highs[kNeuronGroup];
+  std::int8_t lows[kNeuronGroup];
+  std::int64_t count;
+  std::int32_t start;  // -8 * their sum
+  float scale;
+};
+
+SMALLTHINKER_INLINE void quantise_column(const ExpertShape& shape, const std::byte* group,
+                                         const std::int32_t* ids, const float* hidden, std::int64_t count,
+                                         Column& column) {
+  float peak = 0.0F;
+  bool finite = true;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float magnitude = __builtin_fabsf(hidden[i]);
+    finite = finite && magnitude <= __FLT_MAX__;
+    peak = magnitude > peak ? magnitude : peak;
+  }
+  column.scale = finite ? peak / kActivationSteps : __builtin_nanf("");
+  const float inverse = finite && column.scale >= __FLT_MIN__ ? kActivationSteps / peak : 0.0F;
+  std::int32_t total = 0;
+  for (std::int64_t i = 0; i < kNeuronGroup; ++i) {
+    const bool there = i < count && finite;
+    column.nibbles[i] = group + shape.down_nibbles(ids[i < count ? i : 0]);
+    const std::int32_t q = there ? vcvtns_s32_f32(hidden[i] * inverse) : 0;
+    const std::int32_t upper = (q + 128) >> 8;
+    column.highs[i] = static_cast<std::int8_t>(upper);
+    column.lows[i] = static_cast<std::int8_t>(q - 256 * upper);
+    total += q;
+  }
+  column.count = count;
+  column.start = -8 * total;
+}
+
+SMALLTHINKER_INLINE void prefetch_neuron(const ExpertShape& shape, const std::byte* group, std::int64_t n) {
+  const std::byte* at = group + shape.up_nibbles(n);
+  const std::size_t bytes = 2 * shape.half_bytes();
+  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+  const std::byte* scales = group + shape.up_scales(n);
+  const std::size_t scale_bytes = shape.scales_bytes() / kNeuronGroup;
+  for (std::size_t i = 0; i < scale_bytes; i += 64) __builtin_prefetch(scales + i, 0, 2);
+}
+
+// Dot products of R up rows with x; a register holds 4 of the 16 blocks of a run.
+template <typename Dot, int R>
+SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* const* groups,
+                                 const std::int32_t* ids, const Planes& x, float* out) {
+  float32x4_t sums[R][4];
+  for (auto& row : sums) {
+    for (float32x4_t& sum : row) sum = vdupq_n_f32(0.0F);
+  }
+  for (std::int64_t run = 0; run < shape.runs(); ++run) {
+    for (int quad = 0; quad < 4; ++quad) {
+      const std::int8_t* values = x.transposed() + run * 1024 + quad * 16;
+      typename Dot::Sum high[R];
+      typename Dot::Sum low[R];
+      for (int r = 0; r < R; ++r) high[r] = low[r] = Dot::zero();
+      for (int j = 0; j < 4; ++j) {
+        for (int r = 0; r < R; ++r) {
+          const uint8x16_t bytes =
+              load_bytes(groups[r] + shape.up_nibbles(ids[r]) + run * 256 + j * 64 + quad * 16);
+          const int8x16_t first = nibbles(bytes, false);
+          const int8x16_t second = nibbles(bytes, true);
+          Dot::add(high[r], first, vld1q_s8(values + j * 64));
+          Dot::add(high[r], second, vld1q_s8(values + (4 + j) * 64));
+          Dot::add(low[r], first, vld1q_s8(values + (8 + j) * 64));
+          Dot::add(low[r], second, vld1q_s8(values + (12 + j) * 64));
+        }
+      }
+      const int32x4_t start = vld1q_s32(x.offsets() + run * 16 + quad * 4);
+      const float32x4_t x_scales = vld1q_f32(x.scales() + run * 16 + quad * 4);
+      for (int r = 0; r < R; ++r) {
+        const float32x4_t scales = four_halves(groups[r] + shape.up_scales(ids[r]) + run * 32 + quad * 8);
+        const float32x4_t value = join(start, Dot::total(low[r]), Dot::total(high[r]));
+        sums[r][quad] = vfmaq_f32(sums[r][quad], value, vmulq_f32(x_scales, scales));
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    out[r] = sum_lanes(vaddq_f32(vaddq_f32(sums[r][0], sums[r][1]), vaddq_f32(sums[r][2], sums[r][3])));
+  }
+}
+
+// out += sum over the `count` listed neurons of one group of hidden[i] * down column.
+template <typename Dot>
+void add_down(const ExpertShape& shape, const std::byte* group, const std::int32_t* ids, const float* hidden,
+              std::int64_t count, float* out) {
+  Column column;
+  quantise_column(shape, group, ids, hidden, count, column);
+  for (std::int64_t at = 0; at < shape.padded() / 2; at += 16) {
+    int32x4_t sums[4][2];
+    for (auto& word : sums) word[0] = word[1] = vdupq_n_s32(column.start);
+    Dot::columns(column, at, sums);
+    for (int j = 0; j < 4; ++j) {
+      for (int nibble = 0; nibble < 2; ++nibble) {
+        const std::int64_t output = at / 64 * 128 + j * 32 + nibble * 16 + at % 64 / 4;
+        const float32x4_t factor = vmulq_n_f32(four_halves(group + output * 2), column.scale);
+        const float32x4_t value = vcvtq_f32_s32(sums[j][nibble]);
+        vst1q_f32(out + output, vfmaq_f32(vld1q_f32(out + output), value, factor));
+      }
+    }
+  }
+}
+
+template <typename Dot>
+std::int64_t neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
+                     std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
+                     float* out) {
+  const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
+  std::int64_t active = 0;
+  for (std::int64_t first = group_begin; first < group_end; first += kListedGroups) {
+    const std::int64_t last = first + kListedGroups < group_end ? first + kListedGroups : group_end;
+    std::int32_t ids[kListedGroups * kNeuronGroup];
+    const std::byte* groups[kListedGroups * kNeuronGroup];
+    float hidden[kListedGroups * kNeuronGroup];
+    std::int64_t begins[kListedGroups + 1];
+    std::int64_t count = 0;
+    for (std::int64_t g = first; g < last; ++g) {
+      begins[g - first] = count;
+      const std::byte* group = expert + shape.group_offset(g);
+      const float* values = gate + (g - group_begin) * kNeuronGroup;
+      for (std::int32_t n = 0; n < kNeuronGroup; ++n) {
+        ids[count] = n;
+        groups[count] = group;
+        hidden[count] = values[n];
+        count += values[n] > 0.0F ? 1 : 0;
+      }
+    }
+    begins[last - first] = count;
+    active += count;
+    for (std::int64_t i = 0; i < (count < kAhead ? count : kAhead); ++i)
+      prefetch_neuron(shape, groups[i], ids[i]);
+    for (std::int64_t g = first; g < last; ++g) {
+      const std::int64_t begin = begins[g - first];
+      const std::int64_t end = begins[g - first + 1];
+      if (begin == end) continue;
+      for (std::int64_t i = begin; i < end; i += 2) {
+        const int rows = i + 1 < end ? 2 : 1;
+        for (std::int64_t ahead = i + kAhead; ahead < i + kAhead + rows && ahead < count; ++ahead) {
+          prefetch_neuron(shape, groups[ahead], ids[ahead]);
+        }
+        float dots[2];
+        if (rows == 2) {
+          up_rows<Dot, 2>(shape, groups + i, ids + i, planes, dots);
+          hidden[i + 1] *= dots[1];
+        } else {
+          up_rows<Dot, 1>(shape, groups + i, ids + i, planes, dots);
+        }
+        hidden[i] *= dots[0];
+      }
+      add_down<Dot>(shape, groups[begin], ids + begin, hidden + begin, end - begin, out);
+    }
+  }
+  return active;
+}
+
+}  // namespace smallthinker::neon
