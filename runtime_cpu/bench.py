@@ -38,6 +38,7 @@ from runtime_cpu.bench_machine import (
 )
 from runtime_cpu.bench_report import ReportError, Row, Spread, log_to_mlflow, plot, ratios, table
 from runtime_cpu.bench_worker import PEER_MODULE, versions
+from runtime_cpu.engine import model_file
 from runtime_cpu.inspect import bytes_per_token
 from runtime_cpu.memory import format_bytes, parse_bytes
 from runtime_cpu.synth import text_like_ids
@@ -375,8 +376,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name, least in (("runs", 1), ("prompt", 1), ("decode", 1), ("depth", 0)):
         if getattr(options, name) < least:
             raise BenchError(f"--{name} is {getattr(options, name)}; allowed is {least} and more")
-    if not options.model.is_file():
-        raise BenchError(f"there is no model file at {options.model}")
+    model_file(options.model)
     peer = [PEER_MODULE] if options.peer or options.peer_only else []
     return Plan(
         model=options.model,

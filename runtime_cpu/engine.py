@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 import threading
 import time
 import warnings
@@ -149,14 +150,12 @@ class Engine:
             speculate: read what the next layer will probably want while the disk would idle.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or a folder: a checkpoint's has to be packed first.
             ModelFileError: the file is damaged, or no SmallThinker model.
             MemoryBudgetError: it does not fit in ``memory``; the message and ``needed_bytes`` say what would.
             ValueError: another argument is out of its range.
         """
-        file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no model file at {file}")
+        file = model_file(path)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(cores, MAX_THREADS) if threads is None else _integer("threads", threads, 1, MAX_THREADS)
         chunk_tokens = _integer("chunk_tokens", chunk_tokens, 1, 4096)
@@ -450,6 +449,26 @@ class Engine:
 def available_kernels() -> list[str]:
     """Names of the kernel sets that this machine can run, slowest first."""
     return _core.available_kernels()
+
+
+def model_file(path: str | os.PathLike[str]) -> Path:
+    """``path`` if a file is there.
+
+    Raises:
+        FileNotFoundError: none is; for the folder of a checkpoint the message says how to make one.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    if (file / "config.json").is_file():
+        name = file.resolve().name
+        command = f"python -m runtime_cpu.pack {shlex.quote(str(file))} {shlex.quote(name + '.gguf')}"
+        raise FileNotFoundError(
+            f"{file} is a folder in Hugging Face's format, which has to be packed first: {command}"
+        )
+    if file.is_dir():
+        raise FileNotFoundError(f"{file} is a folder; give the GGUF file in it")
+    raise FileNotFoundError(f"there is no model file at {file}")
 
 
 def _integer(name: str, value: int, low: int, high: int) -> int:

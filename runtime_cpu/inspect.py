@@ -80,12 +80,11 @@ def inspect(
         sparsity: see :func:`bytes_per_token`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a folder.
         ModelFileError: the file is damaged, or no SmallThinker model.
         InspectError: an argument is out of its range.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no model file at {path}")
+    engine.model_file(path)
     if not 0 <= sparsity <= 1:
         raise InspectError(f"--sparsity is {sparsity}; allowed is 0 to 1")
     threads = 1 if threads is None else threads

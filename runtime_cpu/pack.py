@@ -1,8 +1,10 @@
-"""Packing a stock GGUF file into the engine's own layout: ``python -m runtime_cpu.pack SRC OUT``.
+"""Packing a model into the engine's own layout: ``python -m runtime_cpu.pack SRC OUT``.
 
-The result is a GGUF file still, with the same weights bit for bit: each expert is one aligned, checksummed run of bytes
-in the order in which the kernels read it (``csrc/packed.hpp``), so an engine under a memory budget fetches it with one
-read and needs no work on it. Matrices that are not Q4_0, norms and the tokenizer are copied as they are.
+``SRC`` is a stock GGUF file, or an official Hugging Face folder, whose weights are quantised first
+(``huggingface.py``). The result is a GGUF file still, with the stock file's weights bit for bit: each expert is one
+aligned, checksummed run of bytes in the order in which the kernels read it (``csrc/packed.hpp``), so an engine under a
+memory budget fetches it with one read and needs no work on it. Matrices that are not Q4_0, norms and the tokenizer are
+copied as they are. ``--layout stock`` stops before packing: a plain GGUF file for this and other engines.
 
 With statistics (``--stats``: JSON with ``expert_counts`` [layers][experts], as ``Engine.stats.expert_counts`` has them)
 the most used experts of each layer come first, and an engine fills its cache with them while the prompt is read.
@@ -13,23 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu import EngineError, _core
+from runtime_cpu.checkpoint_files import CheckpointError
+from runtime_cpu.engine import MAX_THREADS, model_file
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
+from runtime_cpu.huggingface import WEIGHT_TYPES, HuggingFaceFolder
 from runtime_cpu.memory import format_bytes
 
 PACKED_VERSION = 1
+LAYOUTS = ("packed", "stock")
 _PREFIX = "smallthinker."
 _ALIGNMENT = 4096
 _TILE_ROWS, _TILE_PAIR_BYTES = 16, 576
 _EXPERTS_AT_ONCE = 8
+_COPY_BYTES = 8 << 20
 _OWN_KEYS = ("general.alignment", f"{_PREFIX}vocab_size", f"{_PREFIX}expert_counts")
 
 
@@ -45,8 +55,8 @@ def pack(
 ) -> None:
     """Write the stock GGUF file ``source`` in the packed layout to ``target``.
 
-    Streams: besides the two files' pages it holds one matrix or some experts at a time. ``target`` appears by a rename
-    when all of it is on the disk.
+    Streams: it holds one matrix or some experts at a time, and no more of the source.
+    ``target`` appears by a rename when all of it is on the disk.
 
     Args:
         expert_counts: how often each expert was chosen, [layers][experts].
@@ -57,12 +67,10 @@ def pack(
         ModelFileError: ``source`` is damaged or no SmallThinker model.
         OSError: a file cannot be read or written.
     """
-    source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise FileNotFoundError(f"there is no model file at {source}")
+    source, target = model_file(source), Path(target)
     if target.exists() and target.samefile(source):
         raise PackError(f"{target} is the source itself; choose another name")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or _cores()
     model = _core.Model.open(str(source))
     if model.packed:
         raise PackError(f"{source} is packed already")
@@ -73,7 +81,6 @@ def pack(
             f"{source} holds experts of type {', '.join(others)}; packed experts are Q4_0: quantise the file first"
         )
     order = _order(expert_counts, model.layers, model.experts)
-    file = np.memmap(source, np.uint8, "r")
 
     # Small and dense tensors first, in the order of the file; then the experts, layer by layer.
     infos, tiled = [], {}
@@ -115,16 +122,103 @@ def pack(
             checksums[layer, ids] = np.asarray(sums, np.uint64).reshape(-1, 2)
             yield data
 
-    with GGUFWriter(target, metadata, infos, alignment=_ALIGNMENT) as writer:
+    with source.open("rb") as file, GGUFWriter(target, metadata, infos, alignment=_ALIGNMENT) as writer:
         for name in kept:
             if name in tiled:
                 writer.write(f"{tiled[name]}.tiles", model.pack_tiles(name, threads))
             else:
                 _, _, offset, size = tensors[name]
-                writer.write(name, np.asarray(file[offset : offset + size]))
+                writer.write(name, _copied(file, offset, size))
         for layer in range(model.layers):
             writer.write(f"blk.{layer}.ffn_experts.packed", experts(layer))
         writer.write("experts.checksums", checksums.view(np.uint8).ravel())
+
+
+def pack_folder(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    weight_type: str = "q4_0",
+    layout: str = "packed",
+    expert_counts: Sequence[Sequence[int]] | None = None,
+    threads: int | None = None,
+    advance: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Write the Hugging Face folder ``source`` as one file; returns warnings about what that file lacks.
+
+    The packed layout takes a stock file on its way, ``.NAME.stock`` beside ``target``, which is removed in the end.
+
+    Args:
+        weight_type: ``"q4_0"``, ``"q8_0"``, ``"f16"`` or ``"f32"``; the packed layout needs ``"q4_0"``.
+        layout: ``"packed"`` or ``"stock"``.
+        expert_counts: as in :func:`pack`.
+        advance: called with the bytes of weights that are converted and those that there are.
+
+    Raises:
+        CheckpointError: the folder is damaged or no SmallThinker model.
+        PackError: the arguments contradict each other or the model, or the disk has no room.
+        OSError: a file cannot be read or written.
+    """
+    target = Path(target)
+    threads = threads or _cores()
+    if weight_type not in WEIGHT_TYPES or layout not in LAYOUTS:
+        raise PackError(f"there is no type {weight_type!r} in a layout {layout!r}")
+    if target.is_dir():
+        raise PackError(f"{target} is a folder; name the file to write")
+    with HuggingFaceFolder(source) as folder:
+        infos = folder.infos(weight_type)
+        needed = sum(info.size_bytes for info in infos)
+        if layout == "packed":
+            others = sorted({info.type for info in infos if "_exps." in info.name} - {"Q4_0"})
+            if others:
+                raise PackError(
+                    f"packed experts are Q4_0 and these would be {', '.join(others)}: "
+                    + (
+                        "choose --layout stock"
+                        if weight_type == "q4_0"
+                        else "choose --type q4_0 or --layout stock"
+                    )
+                )
+            _order(expert_counts, folder.config.num_hidden_layers, folder.config.moe_num_primary_experts)
+            needed *= 2
+        elif expert_counts is not None:
+            raise PackError("statistics order the experts of a packed file; a stock file has no such order")
+        free = shutil.disk_usage(target.parent).free
+        if needed > free:
+            raise PackError(
+                f"{target} needs about {format_bytes(needed)} while it is written, and {format_bytes(free)} are free"
+            )
+        done = 0
+
+        def report(size: int) -> None:
+            nonlocal done
+            done += size
+            if advance is not None:
+                advance(done, folder.weight_bytes)
+
+        if layout == "stock":
+            folder.write(target, weight_type, threads, report)
+            return folder.warnings
+        stock = target.with_name(f".{target.name}.stock")
+        try:
+            folder.write(stock, weight_type, threads, report)
+            pack(stock, target, expert_counts, threads)
+        finally:
+            stock.unlink(missing_ok=True)
+        return folder.warnings
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _copied(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
+    file.seek(offset)
+    while size:
+        piece = file.read(min(size, _COPY_BYTES))
+        if not piece:
+            raise PackError(f"{file.name} became shorter while it was read")
+        size -= len(piece)
+        yield piece
 
 
 def _order(expert_counts: Sequence[Sequence[int]] | None, layers: int, experts: int) -> NDArray[np.int32]:
@@ -155,24 +249,87 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m runtime_cpu.pack", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="stock GGUF file with Q4_0 experts")
-    parser.add_argument("target", type=Path, metavar="OUT", help="where the packed file goes")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="stock GGUF file with Q4_0 experts, or a Hugging Face folder"
+    )
+    parser.add_argument("target", type=Path, metavar="OUT", help="where the file goes")
+    parser.add_argument(
+        "--type", choices=sorted(WEIGHT_TYPES), help="type of a folder's matrices (default: q4_0)"
+    )
+    parser.add_argument("--layout", choices=LAYOUTS, default="packed", help="default: %(default)s")
     parser.add_argument("--stats", type=Path, help="JSON with expert_counts [layers][experts]")
     parser.add_argument("--threads", type=int, help="default: all allowed cores")
     options = parser.parse_args(arguments)
+    before = signal.signal(signal.SIGTERM, _end)
     try:
-        counts = None
-        if options.stats is not None:
-            try:
-                counts = json.loads(options.stats.read_text())["expert_counts"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise PackError(f"{options.stats} holds no expert_counts: {error!r}") from error
-        pack(options.source, options.target, counts, options.threads)
-    except (OSError, EngineError, PackError, GGUFWriteError) as error:
+        summary = _run(options)
+    except (OSError, EngineError, PackError, CheckpointError, GGUFWriteError) as error:
+        _progress("")
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(f"{options.target}: {format_bytes(options.target.stat().st_size)}\n")
+    except KeyboardInterrupt:
+        _progress("")
+        sys.stderr.write("error: interrupted; nothing was written\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.stdout.write(summary)
     return 0
+
+
+def _run(options: argparse.Namespace) -> str:
+    counts = None
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise PackError(f"--threads is {options.threads}; allowed is 1 to {MAX_THREADS}")
+    if options.stats is not None:
+        try:
+            counts = json.loads(options.stats.read_text())["expert_counts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackError(f"{options.stats} holds no expert_counts: {error!r}") from error
+    if not options.source.is_dir():
+        if options.type is not None or options.layout != "packed":
+            raise PackError(
+                "--type and --layout stock are for Hugging Face folders; a GGUF file keeps its types"
+            )
+        pack(options.source, options.target, counts, options.threads)
+        return f"{options.target}: {format_bytes(options.target.stat().st_size)}\n"
+
+    started = time.perf_counter()
+    converted_s, read_bytes = 0.0, 0
+
+    def advance(done: int, whole: int) -> None:
+        nonlocal converted_s, read_bytes
+        converted_s, read_bytes = time.perf_counter() - started, done
+        note = f"{format_bytes(done)} of {format_bytes(whole)} converted" if done < whole else "packing"
+        _progress(f"{note}, {done / 1e6 / converted_s:.0f} MB/s")
+
+    warnings = pack_folder(
+        options.source,
+        options.target,
+        options.type or "q4_0",
+        options.layout,
+        counts,
+        options.threads,
+        advance,
+    )
+    _progress("")
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")
+    return (
+        f"{options.target}: {format_bytes(options.target.stat().st_size)} in {time.perf_counter() - started:.0f} s; "
+        f"{format_bytes(read_bytes)} converted at {read_bytes / 1e6 / max(converted_s, 1e-9):.0f} MB/s\n"
+    )
+
+
+def _end(number: int, _: object) -> NoReturn:
+    """Leave by way of the clean-up, which a plain SIGTERM would skip."""
+    sys.exit(128 + number)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -124,8 +124,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sentence(error: Exception, model: Path) -> str:
-    if isinstance(error, IsADirectoryError) or (isinstance(error, FileNotFoundError) and model.is_dir()):
-        return f"{model} is a folder; give the GGUF file in it"
     if isinstance(error, PermissionError):
         return f"{model} may not be read by this user"
     return str(error)
