@@ -60,10 +60,10 @@ bench: setup ## the engine on this machine, on the newest nano model
 orchestrator: setup ## Prefect server, deployments and a worker, until Ctrl-C
 	@infra/prefect/orchestrator.sh
 
-lock: setup ## resolve requirements.lock again
+lock: setup ## resolve requirements.lock again (without the peer, which is compiled from source)
 	.venv/bin/uv pip compile --quiet --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		--no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
-		--all-extras pyproject.toml -o requirements.lock
+		--extra pipeline --extra eval --extra dev pyproject.toml -o requirements.lock
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock # the index serves 2.13.0, a local folder may hold 2.13.0+cpu
 
 clean: ## remove environments and builds; runs/ stays
