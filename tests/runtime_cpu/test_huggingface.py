@@ -286,21 +286,24 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_a_model(
         assert np.isfinite(engine.logits([1, 2, 3])).all()
 
 
+# VmHWM: getrusage's maximum would begin with that of the process which started this one.
 MEASURE = """
 import sys
+from pathlib import Path
 from runtime_cpu import pack
-from runtime_cpu.memory import peak_resident_bytes
-before = peak_resident_bytes()
+def peak():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM")) * 1024
+before = peak()
 assert pack.main(sys.argv[1:]) == 0
-print(peak_resident_bytes() - before)
+print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("layout", ["stock", "packed"])
-def test_memory_does_not_grow_with_the_folder(larger: Path, tmp_path: Path, layout: str) -> None:
-    """A 100 MB head costs its slices; packing, one matrix of the stock file (28 MB)."""
+@pytest.mark.parametrize(("layout", "most"), [("stock", 50e6), ("packed", 100e6)])
+def test_memory_does_not_grow_with_the_folder(larger: Path, tmp_path: Path, layout: str, most: float) -> None:
+    """A head of 102 MB costs slices of some MB; packing it costs that matrix as Q4_0 (29 MB), at most twice."""
     arguments = [str(larger), str(tmp_path / "m.gguf"), "--threads", "2", "--layout", layout]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout.splitlines()[-1]) < 110e6
+    assert 1e6 < int(done.stdout.splitlines()[-1]) < most
