@@ -8,7 +8,7 @@
 # Each processor has to offer exactly the kernels that it should, and no kernel file may leave code for its
 # instructions where the linker could pick it for everybody. Exits with 77 and one sentence when a tool is missing.
 set -euo pipefail
-cd "$(dirname "$0")/../.."
+cd "${BASH_SOURCE%/*}/../.."
 
 missing() { echo "cross tests: not run, $*" >&2; exit 77; }
 fail() { echo "cross tests: $*" >&2; exit 1; }
@@ -41,11 +41,18 @@ elif compiler=$(command -v "$machine-linux-gnu-g++"); then
     names=$machine-linux-gnu-nm
 elif "$python" -c 'import ziglang' 2>/dev/null; then
     names=true # zig has no nm
-    for tool in c++ ar ranlib; do
-        target=$([ $tool != c++ ] || echo "-target $machine-linux-musl")
-        printf '#!/bin/sh\nexec "%s" -m ziglang %s %s "$@"\n' "$(command -v "$python")" $tool "$target" >"$folder/$tool"
-        chmod +x "$folder/$tool"
-    done
+    python=$(command -v "$python")
+    for tool in ar ranlib; do printf '#!/bin/sh\nexec "%s" -m ziglang %s "$@"\n' "$python" $tool >"$folder/$tool"; done
+    cat >"$folder/c++" <<END # zig names processors, not architectures
+#!/bin/bash
+arguments=()
+for argument; do
+    [[ \$argument = -march=armv8* ]] && argument=\$(sed 's/-march=armv8[^+]*/-mcpu=generic/; s/+fp16/+fullfp16/' <<<"\$argument")
+    arguments+=("\$argument")
+done
+exec "$python" -m ziglang c++ -target $machine-linux-musl "\${arguments[@]}"
+END
+    chmod +x "$folder"/{c++,ar,ranlib}
     compiler=$PWD/$folder/c++
     options=(-DCMAKE_AR="$PWD/$folder/ar" -DCMAKE_RANLIB="$PWD/$folder/ranlib")
 else
