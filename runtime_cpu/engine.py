@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from runtime_cpu import _core
 from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
+from runtime_cpu.head import HeadPredictorInfo, choose_head
 from runtime_cpu.memory import (
     MemoryBudgetError,
     MemoryPlan,
@@ -67,6 +68,7 @@ class ModelInfo:
         router: ``"softmax"`` or ``"sigmoid"``.
         file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
         kv_type: ``"f32"`` or ``"f16"``; ``kernels``: ``"reference"``, ``"avx2"``, …
+        head: ``"exact"`` or ``"predictor"``; ``head_predictor``: that of the file, whether in use or not.
     """
 
     path: str
@@ -97,6 +99,8 @@ class ModelInfo:
     threads: int
     kernels: str
     kv_type: str
+    head: str
+    head_predictor: HeadPredictorInfo | None
     sessions: int
     plan: MemoryPlan
     warnings: tuple[str, ...]
@@ -135,6 +139,7 @@ class Engine:
         reader: str = "auto",
         policy: str | None = None,
         speculate: bool = True,
+        head: str = "exact",
     ) -> Engine:
         """Map a GGUF file and prepare to run it.
 
@@ -154,10 +159,13 @@ class Engine:
             policy: which experts make room: ``"lru"``, ``"lfu"``, ``"lrfu"``, … (docs/engine.md); by default the best of
                 our measurements.
             speculate: read what the next layer will probably want while the disk would idle.
+            head: ``"exact"``, or ``"predictor"``: of the output matrix only the rows that the file's predictor names
+                are computed, and the other logits are minus infinity. Faster, and it can lose tokens.
 
         Raises:
             FileNotFoundError: no such file.
             ModelFileError: the file is damaged, or no SmallThinker model.
+            EngineError: ``head`` is ``"predictor"`` and the file has none.
             MemoryBudgetError: it does not fit in ``memory``; the message and ``needed_bytes`` say what would.
             ValueError: another argument is out of its range.
         """
@@ -180,6 +188,7 @@ class Engine:
         model = _core.Model.open(str(file))
         for message in model.warnings:
             warnings.warn(f"{file.name}: {message}", stacklevel=2)
+        predictor = choose_head(model, head, file.name)
         if context is not None:
             context = _integer("context", context, 1, model.context_length)
         metadata = model.metadata(arrays=False)
@@ -189,7 +198,7 @@ class Engine:
             with suppress(TokenizerError):
                 tokenizer = Tokenizer.from_metadata(model.metadata())
             release_free_memory()
-        planner = _Planner(model, threads, kv_type, chunk_tokens, kernels, budget)
+        planner = _Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
         context, sessions, plan = planner.fit(context, sessions)
         runtime = _core.Runtime(
             model,
@@ -202,6 +211,7 @@ class Engine:
             reader,
             policy or "",
             speculate,
+            head == "predictor",
         )
         info = ModelInfo(
             path=str(file),
@@ -232,6 +242,8 @@ class Engine:
             threads=runtime.threads,
             kernels=runtime.kernels,
             kv_type=runtime.kv_type,
+            head=head,
+            head_predictor=predictor,
             sessions=sessions,
             plan=plan,
             warnings=tuple(model.warnings),
@@ -470,8 +482,10 @@ class _Planner:
         chunk_tokens: int,
         kernels: str,
         budget: int | None,
+        head: str = "exact",
     ) -> None:
         self._model = model
+        self._predict_head = head == "predictor"
         self._budget = budget
         self._arguments = (threads, kv_type, chunk_tokens, kernels)
         self._interpreter_bytes = resident_bytes() + (0 if budget is None else _RESERVE_BYTES)
@@ -480,7 +494,16 @@ class _Planner:
     def plan(self, context: int, sessions: int, slots: int | None = None) -> MemoryPlan:
         """With all experts in memory, or room for ``slots`` of them."""
         threads, kv_type, chunk_tokens, kernels = self._arguments
-        base = _core.plan(self._model, threads, context, kv_type, chunk_tokens, kernels, slots is not None)
+        base = _core.plan(
+            self._model,
+            threads,
+            context,
+            kv_type,
+            chunk_tokens,
+            kernels,
+            slots is not None,
+            self._predict_head,
+        )
         experts = self._all_experts if base.expert_bytes else 0
         held = experts if slots is None else min(slots, experts)
         return MemoryPlan(

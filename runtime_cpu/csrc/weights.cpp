@@ -25,7 +25,7 @@ std::size_t stock_bytes(const Matrix& matrix) {
 
 }  // namespace
 
-WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
+WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload, bool predictor)
     : expert(model.expert_shape()) {
   const auto count = [&](const Linear& linear) {
     if (becomes_tiles(linear, kernels)) {
@@ -44,6 +44,16 @@ WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
   }
   packed_experts = can_pack && (model.packed || kernels.packed || offload);
   count(model.head);
+  if (predictor) {
+    if (!model.head_predictor) {
+      throw EngineError(
+          "the file has no predictor of the head's rows; open it with the exact head, or export it with a "
+          "predictor");
+    }
+    predictor_width = model.head_predictor->width();
+    count(model.head_predictor->down);
+    count(model.head_predictor->up);
+  }
   // Rows of an embedding of its own are read from the file one by one.
   for (const Layer& layer : model.layers) {
     if (packed_experts) {
@@ -55,8 +65,10 @@ WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
 }
 
 Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, ThreadPool& pool,
-                 const ExpertStoreOptions& options)
-    : plan(*model, kernels, options.cache_bytes > 0), model_(std::move(model)), dense_(plan.dense_bytes) {
+                 const ExpertStoreOptions& options, bool predictor)
+    : plan(*model, kernels, options.cache_bytes > 0, predictor),
+      model_(std::move(model)),
+      dense_(plan.dense_bytes) {
   next_ = dense_.data();
   for (const Layer& layer : model_->layers) {
     layers.push_back({load(layer.query, kernels, pool), load(layer.key, kernels, pool),
@@ -65,6 +77,10 @@ Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, Thr
     model_->forget_pages();
   }
   head = load(model_->head, kernels, pool);
+  if (predictor) {
+    predictor_down = load(model_->head_predictor->down, kernels, pool);
+    predictor_up = load(model_->head_predictor->up, kernels, pool);
+  }
   model_->forget_pages();
   if (plan.packed_experts) experts = std::make_unique<ExpertStore>(model_, options, pool.threads());
 }
