@@ -59,7 +59,7 @@ class Recipe(StageConfig):
     def part(self, stage: str) -> dict[str, Any]:
         """A stage's config as plain JSON values."""
         config: StageConfig = getattr(self, stage)
-        return config.model_dump(mode="json")
+        return config.declared()
 
 
 def nano() -> Recipe:

@@ -15,6 +15,7 @@ from typing import TextIO
 from runtime_cpu import Engine, EngineError
 from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
 from runtime_cpu.generation import Stats
+from runtime_cpu.head import HEADS
 from runtime_cpu.memory import format_bytes
 from runtime_cpu.tokenizer import TokenizerError
 
@@ -100,11 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
     parser.add_argument("--memory", help="limit for everything, such as 1GiB")
+    parser.add_argument(
+        "--head", choices=HEADS, default="exact", help="predictor: faster, and it can lose tokens"
+    )
     options = parser.parse_args(arguments)
     warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     try:
-        engine = Engine.open(options.model, options.threads, options.context, options.memory, sessions=1)
+        engine = Engine.open(
+            options.model, options.threads, options.context, options.memory, sessions=1, head=options.head
+        )
         conversation = Conversation(engine, options.system, options.max_tokens, sampling)
         engine.generate([0], options.max_tokens, **sampling).close()  # checks the options before anyone types
     except (OSError, EngineError, TokenizerError, ChatTemplateError, ValueError) as error:
@@ -115,6 +121,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.model.name}: {info.parameters / 1e6:.1f} M parameters, {info.file_type}, {info.threads} threads, "
         f"context {info.context}. /help lists the commands."
     )
+    if info.head == "predictor":
+        _tell(f"predicted head: {info.head_predictor}")
     with engine:
         _converse(conversation)
     return 0

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from runtime_cpu import _core
 from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
+from runtime_cpu.head import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
 from runtime_cpu.memory import (
     MemoryPlan,
@@ -61,6 +62,7 @@ class ModelInfo:
         router: ``"softmax"`` or ``"sigmoid"``.
         file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
         kv_type: ``"f32"`` or ``"f16"``; ``kernels``: ``"reference"``, ``"avx2"``, …
+        head: ``"exact"`` or ``"predictor"``; ``head_predictor``: that of the file, whether in use or not.
     """
 
     path: str
@@ -91,6 +93,8 @@ class ModelInfo:
     threads: int
     kernels: str
     kv_type: str
+    head: str
+    head_predictor: HeadPredictorInfo | None
     sessions: int
     plan: MemoryPlan
     warnings: tuple[str, ...]
@@ -129,6 +133,7 @@ class Engine:
         reader: str = "auto",
         policy: str | None = None,
         speculate: bool = True,
+        head: str = "exact",
     ) -> Engine:
         """Map a GGUF file and prepare to run it.
 
@@ -148,10 +153,13 @@ class Engine:
             policy: which experts make room: ``"lru"``, ``"lfu"``, ``"lrfu"``, … (docs/engine.md); by default the best
                 of our measurements.
             speculate: read what the next layer will probably want while the disk would idle.
+            head: ``"exact"``, or ``"predictor"``: of the output matrix only the rows that the file's predictor names
+                are computed, and the other logits are minus infinity. Faster, and it can lose tokens.
 
         Raises:
             FileNotFoundError: no such file, or a folder: a checkpoint's has to be packed first.
             ModelFileError: the file is damaged, or no SmallThinker model.
+            EngineError: ``head`` is ``"predictor"`` and the file has none.
             MemoryBudgetError: it does not fit in ``memory``; the message and ``needed_bytes`` say what would.
             ValueError: another argument is out of its range.
         """
@@ -172,6 +180,7 @@ class Engine:
         model = _core.Model.open(str(file))
         for message in model.warnings:
             warnings.warn(f"{file.name}: {message}", stacklevel=2)
+        predictor = choose_head(model, head, file.name)
         if context is not None:
             context = _integer("context", context, 1, model.context_length)
         metadata = model.metadata(arrays=False)
@@ -181,7 +190,7 @@ class Engine:
             with suppress(TokenizerError):
                 tokenizer = Tokenizer.from_metadata(model.metadata())
             release_free_memory()
-        planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget)
+        planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
         context, sessions, plan = planner.fit(context, sessions)
         runtime = _core.Runtime(
             model,
@@ -194,6 +203,7 @@ class Engine:
             reader,
             policy or "",
             speculate,
+            head == "predictor",
         )
         info = ModelInfo(
             path=str(file),
@@ -224,6 +234,8 @@ class Engine:
             threads=runtime.threads,
             kernels=runtime.kernels,
             kv_type=runtime.kv_type,
+            head=head,
+            head_predictor=predictor,
             sessions=sessions,
             plan=plan,
             warnings=tuple(model.warnings),

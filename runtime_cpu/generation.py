@@ -56,6 +56,8 @@ class Stats:
         cache_hits, cache_misses: experts found in memory (or on their way there) and experts read from the file,
             counted once per layer and batch; both 0 when all experts stay in memory.
         bytes_read: read from the file meanwhile, guesses included; ``prompt_bytes_read`` of them for the prompt.
+        head_row_share: share of the output matrix's rows that were computed; below 1 only with a predictor.
+        head_fallbacks: tokens for which it named too few rows and the whole matrix was computed.
         io_wait_s: time that computing threads waited for experts, summed over the threads.
         finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
         stop_id: the stop token that ended it.
@@ -77,6 +79,8 @@ class Stats:
     bytes_read: int = 0
     prompt_bytes_read: int = 0
     io_wait_s: float = 0.0
+    head_row_share: float = 1.0
+    head_fallbacks: int = 0
     peak_rss_bytes: int = 0
     finish_reason: str | None = None
     stop_id: int | None = None
@@ -96,6 +100,10 @@ class Stats:
         self.expert_counts = counters["expert_counts"]
         self.cache_hits, self.cache_misses = counters["cache_hits"], counters["cache_misses"]
         self.bytes_read, self.io_wait_s = counters["bytes_read"], counters["waited_s"]
+        self.head_row_share = (
+            counters["head_rows_computed"] / counters["head_rows"] if counters["head_rows"] else 1.0
+        )
+        self.head_fallbacks = counters["head_fallbacks"]
         self.active_neuron_share = sum(active) / max(sum(neurons), 1)
         self.active_neuron_share_by_layer = [
             on / max(seen, 1) for on, seen in zip(active, neurons, strict=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_cpu import _core, engine
+from runtime_cpu.head import HeadPredictorInfo
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
 from runtime_cpu.planning import CHUNK_TOKENS, Planner
 from runtime_cpu.tokenizer import TokenType
@@ -41,8 +42,8 @@ def bytes_per_token(model: _core.Model, sparsity: float = 0.0) -> int:
     for name, _kind, _shape, _offset, size in model.tensors():
         if name.startswith("token_embd.") and not model.tied_embeddings:
             total += size // model.vocab_size
-        elif name == "experts.checksums":
-            continue  # read with the file, not with a token
+        elif name == "experts.checksums" or name.startswith("head_predictor."):
+            continue  # read with the file, not with a token; and only by those who ask for it
         elif "_exps." in name or ".ffn_experts." in name:
             chosen = size * model.experts_per_token // model.experts
             if ".ffn_gate_exps." in name:
@@ -141,6 +142,7 @@ def inspect(
                 )
             },
         },
+        "head_predictor": model.head_predictor,
         "tensors": {"by_type": by_type, "by_part": _parts(tensors)},
         "tokenizer": _tokenizer(metadata),
         "memory": _memory(model, memory, context, threads),
@@ -249,6 +251,10 @@ def table(report: Mapping[str, Any]) -> str:
         f"vocabulary  {model['vocab_size']} ids; head {'tied to' if model['tied_embeddings'] else 'apart from'} the "
         "embedding",
     ]
+    if report["head_predictor"] is not None:
+        lines.append(
+            f"head        can be predicted (head='predictor'): {HeadPredictorInfo(**report['head_predictor'])}"
+        )
     if tokenizer is None:
         lines.append("tokenizer   none in the file")
     else:

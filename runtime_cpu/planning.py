@@ -28,7 +28,9 @@ class Planner:
         chunk_tokens: int,
         kernels: str,
         budget: int | None,
+        head: str = "exact",
     ) -> None:
+        self._predict_head = head == "predictor"
         self._model = model
         self._budget = budget
         self._arguments = (threads, kv_type, chunk_tokens, kernels)
@@ -38,7 +40,16 @@ class Planner:
     def plan(self, context: int, sessions: int, slots: int | None = None) -> MemoryPlan:
         """With all experts in memory, or room for ``slots`` of them."""
         threads, kv_type, chunk_tokens, kernels = self._arguments
-        base = _core.plan(self._model, threads, context, kv_type, chunk_tokens, kernels, slots is not None)
+        base = _core.plan(
+            self._model,
+            threads,
+            context,
+            kv_type,
+            chunk_tokens,
+            kernels,
+            slots is not None,
+            self._predict_head,
+        )
         experts = self._all_experts if base.expert_bytes else 0
         held = experts if slots is None else min(slots, experts)
         return MemoryPlan(

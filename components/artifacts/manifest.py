@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -25,9 +25,20 @@ class ArtifactError(Exception):
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's part of a recipe: frozen, and unknown fields are errors."""
+    """Base of every stage's part of a recipe: frozen, and unknown fields are errors.
+
+    Fields in ``OPT_IN`` are left out of what is declared while they are null, so that adding such a field leaves the
+    fingerprints of artefacts without it as they were.
+    """
+
+    OPT_IN: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def declared(self) -> dict[str, Any]:
+        """The config as plain JSON values, as it enters fingerprints and manifests."""
+        left_out = {name for name in self.OPT_IN if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude=left_out)
 
 
 class FileEntry(BaseModel):

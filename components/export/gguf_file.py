@@ -21,6 +21,7 @@ from gguf import GGUFReader, GGUFWriter, LlamaFileType, quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from components.artifacts import StageError
+from components.export.head_predictor import HeadPredictor
 from components.export.vocabulary import Vocabulary
 from model import OfficialCheckpoint, SmallThinkerConfig
 from model.checkpoint import parameter_shapes
@@ -180,6 +181,7 @@ def write_gguf(
     output: str = "q8_0",
     config: SmallThinkerConfig | None = None,
     advance: Callable[[int], None] | None = None,
+    predictor: HeadPredictor | None = None,
 ) -> None:
     """Write one file per precision in a single pass over the checkpoint.
 
@@ -193,6 +195,7 @@ def write_gguf(
         stats: expert statistics, if known.
         output: precision of the output matrix in a ``q4_0`` file.
         config: overrides the checkpoint's configuration in the metadata.
+        predictor: of the output rows that matter, for engines that are asked to use it.
         advance: called with the number of parameters written, for a progress bar.
     """
     config = config or checkpoint.config
@@ -210,6 +213,8 @@ def write_gguf(
                 _declare(
                     writer, tensor_name, shape, tensor_precision(tensor_name, shape[-1], kind, output, tied)
                 )
+        if predictor is not None:
+            _declare_predictor(writer, predictor)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -226,11 +231,25 @@ def write_gguf(
                     writer.write_tensor_data(_encode(values, precision))
             if advance is not None:
                 advance(tensor.numel())
+        if predictor is not None:
+            for writer in writers.values():
+                writer.write_tensor_data(_encode(predictor.down, predictor.precision))
+                writer.write_tensor_data(_encode(predictor.up, predictor.precision))
     finally:
         for writer in writers.values():
             writer.close()
     for kind, path in paths.items():
         partial[kind].replace(path)
+
+
+def _declare_predictor(writer: GGUFWriter, predictor: HeadPredictor) -> None:
+    prefix = f"{ARCHITECTURE}.head_predictor"
+    writer.add_uint32(f"{prefix}.width", predictor.down.shape[0])
+    writer.add_float32(f"{prefix}.threshold", predictor.threshold)
+    writer.add_float32(f"{prefix}.recall", predictor.report["recall"])
+    writer.add_float32(f"{prefix}.missed_argmax", predictor.report["missed_argmax"])
+    _declare(writer, "head_predictor.down.weight", predictor.down.shape, predictor.precision)
+    _declare(writer, "head_predictor.up.weight", predictor.up.shape, predictor.precision)
 
 
 def _declare(writer: GGUFWriter, name: str, shape: tuple[int, ...], precision: GGMLQuantizationType) -> None:

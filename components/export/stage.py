@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, read_manifest, write_json
-from components.export.config import ExportConfig
+from components.export.config import ExportConfig, HeadPredictorConfig
 from components.export.gguf_file import ActivationStats, GGUFModel, stock_layout_limit, write_gguf
+from components.export.head_predictor import HeadPredictor, split_parts, train
+from components.export.head_states import collect_states, head_weight, shard_streams, split_windows
 from components.export.huggingface import exported_config, find_tokenizer, model_card, write_folder
 from components.export.onnx_graph import compare_onnx, export_onnx
 from components.export.verification import (
@@ -62,9 +64,17 @@ def run(context: StageContext) -> dict[str, float]:
         paths: dict[str, Path] = {
             kind: context.out / "gguf" / f"{context.recipe}-{kind}.gguf" for kind in config.gguf
         }
-        write_gguf(checkpoint, paths, name, vocabulary, stats, config.q4_0_output, published)
+        predictor = None
+        if config.head_predictor is not None:
+            # Never two models in memory: this one is gone before the files are compared.
+            predictor = _train_predictor(context, config, config.head_predictor, parameters)
+        write_gguf(
+            checkpoint, paths, name, vocabulary, stats, config.q4_0_output, published, predictor=predictor
+        )
         bar.update(len(paths))
         report: dict[str, Any] = {"parameters": parameters, "gguf": {}}
+        if predictor is not None:
+            report["head_predictor"] = predictor.report
         for kind, path in paths.items():
             report["gguf"][kind] = {"weights": compare_tensors(checkpoint, GGUFModel(path))}
         if parameters <= config.verify_max_parameters:
@@ -88,6 +98,26 @@ def run(context: StageContext) -> dict[str, float]:
     _judge(report)
     write_json(context.out / "verification.json", report)
     return _headline(report, context.recipe)
+
+
+def _train_predictor(
+    context: StageContext, config: ExportConfig, part: HeadPredictorConfig, parameters: int
+) -> HeadPredictor:
+    """Train on states of the merged model over the held-out split, which the model did not learn from."""
+    streams = shard_streams(context.inputs["tokenize"])
+    windows = split_windows(streams, part.positions, part.window, split_parts(part))
+    dtype = torch.float32 if parameters <= config.verify_max_parameters else "auto"
+    network = SmallThinkerForCausalLM.from_pretrained(context.inputs["merge"] / "model", dtype=dtype).eval()
+    fit, held, test = (collect_states(network, rows) for rows in windows)
+    head = head_weight(network)
+    del network
+    predictor = train(head, (fit, held, test), part, config.seed)
+    context.note(
+        f"The GGUF files hold a predictor of output rows, which is only used when it is asked for: on "
+        f"{len(test):,} held-out positions it misses {predictor.report['missed_argmax']:.2%} of the most probable "
+        f"tokens and reads {predictor.report['active_rows']:.1%} of the rows."
+    )
+    return predictor
 
 
 def _read_stats(path: Path, config: SmallThinkerConfig) -> ActivationStats:
@@ -180,6 +210,8 @@ def _headline(report: dict[str, Any], recipe: str) -> dict[str, float]:
         if "logits" in entry:
             metrics[f"gguf_{kind}_logit_row_error"] = entry["logits"]["median_row"]
             metrics[f"gguf_{kind}_top1_agreement"] = entry["logits"]["top1_agreement"]
+    for key in ("recall", "missed_argmax", "active_rows") if "head_predictor" in report else ():
+        metrics[f"head_predictor_{key}"] = report["head_predictor"][key]
     if "hf" in report:
         metrics["hf_logit_max_error"] = report["hf"]["logits"]["max_abs"]
     if "onnx" in report:

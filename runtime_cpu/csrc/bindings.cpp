@@ -132,6 +132,20 @@ nb::dict take_counters(PySession& self) {
   result["cache_misses"] = counters.cache_misses;
   result["bytes_read"] = counters.bytes_read;
   result["waited_s"] = counters.waited_s;
+  result["head_rows"] = counters.head_rows;
+  result["head_rows_computed"] = counters.head_rows_computed;
+  result["head_fallbacks"] = counters.head_fallbacks;
+  return result;
+}
+
+nb::object head_predictor(const PyModel& self) {
+  const auto& predictor = self.model->head_predictor;
+  if (!predictor) return nb::none();
+  nb::dict result;
+  result["width"] = predictor->width();
+  result["threshold"] = predictor->threshold;
+  result["recall"] = predictor->recall;
+  result["missed_argmax"] = predictor->missed_argmax;
   return result;
 }
 
@@ -295,6 +309,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("file_bytes", [](const PyModel& s) { return s.model->file_bytes; })
       .def_prop_ro("weight_bytes", [](const PyModel& s) { return s.model->weight_bytes; })
       .def_prop_ro("parameters", [](const PyModel& s) { return s.model->parameters; })
+      .def_prop_ro("head_predictor", &head_predictor)
       .def_prop_ro("packed", [](const PyModel& s) { return s.model->packed; })
       .def_prop_ro("expert_bytes", [](const PyModel& s) { return s.model->expert_shape().bytes(); })
       .def("pack_tiles", &pack_tiles, nb::arg("name"), nb::arg("threads") = 1)
@@ -310,12 +325,17 @@ NB_MODULE(_core, m) {
       .def_ro("offload_bytes", &st::Plan::offload_bytes)
       .def_ro("kv_bytes_per_session", &st::Plan::kv_bytes_per_session)
       .def_ro("scratch_bytes", &st::Plan::scratch_bytes);
-  m.def("plan", [](const PyModel& model, int threads, std::int64_t context, const std::string& kv_type,
-                   std::int64_t chunk, const std::string& kernels, bool offload) {
-    st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
-    chosen.experts.cache_bytes = offload ? 1 : 0;
-    return st::make_plan(*model.model, chosen);
-  });
+  m.def(
+      "plan",
+      [](const PyModel& model, int threads, std::int64_t context, const std::string& kv_type,
+         std::int64_t chunk, const std::string& kernels, bool offload, bool predict_head) {
+        st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
+        chosen.experts.cache_bytes = offload ? 1 : 0;
+        chosen.predict_head = predict_head;
+        return st::make_plan(*model.model, chosen);
+      },
+      nb::arg("model"), nb::arg("threads"), nb::arg("context"), nb::arg("kv_type"), nb::arg("chunk_tokens"),
+      nb::arg("kernels"), nb::arg("offload"), nb::arg("predict_head") = false);
   m.def("available_kernels", [] {
     std::vector<std::string> names;
     for (const st::Kernels* kernels : st::available_kernels()) names.emplace_back(kernels->name);
@@ -330,19 +350,24 @@ NB_MODULE(_core, m) {
       .def("truncate", [](PySession& s, std::int64_t length) { return s.session.truncate(length); });
 
   nb::class_<PyRuntime>(m, "Runtime")
-      .def("__init__",
-           [](PyRuntime* self, const PyModel& model, int threads, std::int64_t context,
-              const std::string& kv_type, const std::string& kernels, std::int64_t chunk,
-              std::uint64_t expert_cache_bytes, const std::string& backend, const std::string& policy,
-              bool speculate) {
-             st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
-             chosen.experts.cache_bytes = expert_cache_bytes;
-             chosen.experts.backend = backend;
-             if (!policy.empty()) chosen.experts.policy = policy;
-             chosen.speculate = speculate;
-             const nb::gil_scoped_release release;
-             new (self) PyRuntime{model.model, {model.model, chosen}};
-           })
+      .def(
+          "__init__",
+          [](PyRuntime* self, const PyModel& model, int threads, std::int64_t context,
+             const std::string& kv_type, const std::string& kernels, std::int64_t chunk,
+             std::uint64_t expert_cache_bytes, const std::string& backend, const std::string& policy,
+             bool speculate, bool predict_head) {
+            st::RuntimeOptions chosen = options(threads, context, kv_type, kernels, chunk);
+            chosen.experts.cache_bytes = expert_cache_bytes;
+            chosen.experts.backend = backend;
+            if (!policy.empty()) chosen.experts.policy = policy;
+            chosen.speculate = speculate;
+            chosen.predict_head = predict_head;
+            const nb::gil_scoped_release release;
+            new (self) PyRuntime{model.model, {model.model, chosen}};
+          },
+          nb::arg("model"), nb::arg("threads"), nb::arg("context"), nb::arg("kv_type"), nb::arg("kernels"),
+          nb::arg("chunk_tokens"), nb::arg("expert_cache_bytes"), nb::arg("reader"), nb::arg("policy"),
+          nb::arg("speculate"), nb::arg("predict_head") = false)
       .def("load_all",
            [](PyRuntime& s) {
              const nb::gil_scoped_release release;

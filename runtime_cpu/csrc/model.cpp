@@ -126,6 +126,9 @@ Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::stri
 }
 
 constexpr std::uint64_t kPackedVersion = 1;
+constexpr std::int64_t kMaxPredictorWidth = 1 << 14;
+constexpr const char* kPredictorDown = "head_predictor.down";
+constexpr const char* kPredictorUp = "head_predictor.up";
 
 class Tensors {
  public:
@@ -181,6 +184,30 @@ class Tensors {
     std::vector<float> values(static_cast<std::size_t>(size));
     dequantise(tensor.type, file_.data(tensor), size, values.data());
     return values;
+  }
+
+  // What computes nothing unless it is asked for: the figures of the model are without it.
+  std::optional<HeadPredictor> head_predictor() {
+    bool any = false;
+    for (const std::string name : {kPredictorDown, kPredictorUp})
+      any = any || has(name + ".weight") || has(name + ".tiles");
+    if (!any) return std::nullopt;
+    const std::int64_t width = required(file_, "head_predictor.width", 1, kMaxPredictorWidth);
+    const auto types = bytes_by_type;
+    const auto parameters = model_.parameters;
+    const auto weight_bytes = model_.weight_bytes;
+    const bool all_f32 = model_.all_f32;
+    HeadPredictor result;
+    result.down = linear(kPredictorDown, model_.hyper.hidden, width);
+    result.up = linear(kPredictorUp, width, model_.hyper.vocab);
+    bytes_by_type = types;
+    model_.parameters = parameters;
+    model_.weight_bytes = weight_bytes;
+    model_.all_f32 = all_f32;
+    result.threshold = required_real(file_, "head_predictor.threshold", -1e30, 1e30);
+    result.recall = required_real(file_, "head_predictor.recall", 0.0, 1.0);
+    result.missed_argmax = required_real(file_, "head_predictor.missed_argmax", 0.0, 1.0);
+    return result;
   }
 
   std::map<Type, std::uint64_t> bytes_by_type;
@@ -270,6 +297,7 @@ void Model::load() {
   embedding = tensors.linear("token_embd", hyper.hidden, hyper.vocab);
   tied = !tensors.has("output.weight") && !tensors.has("output.tiles");
   head = tied ? embedding : tensors.linear("output", hyper.hidden, hyper.vocab);
+  head_predictor = tensors.head_predictor();
   output_norm = tensors.vector("output_norm.weight", hyper.hidden);
 
   const std::int64_t query = hyper.heads * hyper.head_dim;

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -59,6 +60,19 @@ struct Layer {
       nullptr;  // of packed files: ExpertShape::bytes() each, in the order of Model::places
 };
 
+// Names the rows of the head that may matter, by two products and no non-linearity: those whose score
+// up * (down * state) is above the threshold. It was trained, and loses some.
+struct HeadPredictor {
+  Linear down;  // [width][hidden]
+  Linear up;    // [vocab][width]
+  float threshold = 0.0F;
+  // As measured when it was made: the share of rows that matter that are named, and of the greatest logits
+  // that are not.
+  float recall = 0.0F, missed_argmax = 0.0F;
+
+  std::int64_t width() const { return down.rows(); }
+};
+
 class Model {
  public:
   static std::shared_ptr<const Model> open(const std::string& path);
@@ -68,8 +82,9 @@ class Model {
   std::string path;
   GgufFile file;
   Hyperparameters hyper;
-  Linear embedding;                // [vocab][hidden]
-  Linear head;                     // the same when tied
+  Linear embedding;  // [vocab][hidden]
+  Linear head;       // the same when tied
+  std::optional<HeadPredictor> head_predictor;
   std::vector<float> output_norm;  // [hidden]
   std::vector<Layer> layers;
   std::vector<std::string> warnings;  // choices made where the file leaves them open

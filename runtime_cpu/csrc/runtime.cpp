@@ -90,12 +90,14 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   take(slots, all_slots);
   take(slot_tokens, all_slots);
   take(expert_begin, hyper.experts + 1);
+  if (weights.predictor_width > 0) take_activations(inner, 1, weights.predictor_width, planes);
   return used + 64;  // room to align the start
 }
 
 Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
-  const WeightPlan weights(model, select_kernels(options.kernels), options.experts.cache_bytes > 0);
+  const WeightPlan weights(model, select_kernels(options.kernels), options.experts.cache_bytes > 0,
+                           options.predict_head);
   Scratch scratch{};
   const bool can_offload = weights.packed_experts;
   return {weights.dense_bytes + weights.mapped_bytes + (can_offload ? 0 : weights.expert_bytes),
@@ -110,7 +112,7 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
       chunk_(options.chunk),
       pool_(options.threads),
-      weights_(model_, kernels_, pool_, options.experts),
+      weights_(model_, kernels_, pool_, options.experts, options.predict_head),
       quantise_router_input_(any_quantised(*model_)),
       speculate_(options.speculate) {
   const Hyperparameters& hyper = model_->hyper;
@@ -238,8 +240,8 @@ void Runtime::run_batch(std::span<const BatchRow> rows, float* logits, std::int6
   if (logit_rows == 0) return;
   const std::int64_t first = tokens - logit_rows;
   each_row(logit_rows, [&](std::int64_t i) { normalise(scratch_.x, model_->output_norm, first + i); });
-  add_tasks(weights_.head, scratch_.normed.from(first).view(), logit_rows, logits, hyper.vocab);
-  run_matmuls();
+  if (weights_.plan.predictor_width == 0) return head(first, logit_rows, logits);
+  for (std::int64_t i = 0; i < logit_rows; ++i) predicted_head(first + i, logits + i * hyper.vocab);
 }
 
 void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {

@@ -31,7 +31,8 @@ struct RuntimeOptions {
   std::string kernels = "auto";
   std::string kv_type = "auto";  // "f32", "f16"
   ExpertStoreOptions experts = {};
-  bool speculate = true;  // read what the next layer may want while the disk idles
+  bool predict_head = false;  // compute only the rows of the head that the file's predictor names
+  bool speculate = true;      // read what the next layer may want while the disk idles
 };
 
 // Whether keys and values are stored as F16.
@@ -62,7 +63,8 @@ struct ExpertSlices {
 
 inline constexpr std::int64_t kSplitSlots =
     32;  // (token, expert) pairs up to which slices are pieces of work
-inline constexpr std::int64_t kTokenBlock = 32;  // tokens that an expert meets in one piece of work
+inline constexpr std::int64_t kLeastHeadRows = 64;  // fewer named rows than these: the whole head is computed
+inline constexpr std::int64_t kTokenBlock = 32;     // tokens that an expert meets in one piece of work
 
 // One token of a batch. Rows of different sessions may share a batch: only attention looks at the session.
 struct BatchRow {
@@ -96,6 +98,7 @@ struct ActivationBuffer {
 // Everything that a forward pass over `chunk` tokens writes. The same code lays it out and measures it.
 struct Scratch {
   ActivationBuffer x, normed, attended, hidden;    // residual stream; after a norm; attention; experts
+  ActivationBuffer inner;                          // of the head's predictor: [1][width]
   float *query, *key, *value, *mixed;              // [chunk][...]; mixed: output of attention or experts
   float *router_logits, *expert_weights;           // [chunk][experts], [chunk][k]
   float *up, *down;                                // [chunk * k][...]
@@ -163,6 +166,9 @@ class Runtime {
   void each_row(std::int64_t rows, const Work& work) {
     pool_.run(rows, [&](std::int64_t row, int) { work(row); });
   }
+  void head(std::int64_t first, std::int64_t rows, float* logits);
+  void predicted_head(std::int64_t row, float* logits);
+  void named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const;
   void quantise(const ActivationBuffer& at);
   void normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row);
   void add_tasks(const Linear& linear, const Activations& x, std::int64_t tokens, float* out,

@@ -31,6 +31,7 @@ std::size_t KvLayout::bytes() const {
 void Counters::reset(const Hyperparameters& hyper) {
   const auto layers = static_cast<std::size_t>(hyper.layers);
   cache_hits = cache_misses = bytes_read = 0;
+  head_rows = head_rows_computed = head_fallbacks = 0;
   waited_s = 0.0;
   neurons.assign(layers, 0);
   active_neurons.assign(layers, 0);
@@ -44,6 +45,9 @@ void Counters::add(const Counters& other) {
   cache_hits += other.cache_hits;
   cache_misses += other.cache_misses;
   bytes_read += other.bytes_read;
+  head_rows += other.head_rows;
+  head_rows_computed += other.head_rows_computed;
+  head_fallbacks += other.head_fallbacks;
   waited_s += other.waited_s;
   sum(neurons, other.neurons);
   sum(active_neurons, other.active_neurons);

@@ -46,6 +46,8 @@ struct Counters {
   std::uint64_t cache_hits = 0;
   std::uint64_t cache_misses = 0;
   std::uint64_t bytes_read = 0;
+  std::uint64_t head_rows = 0, head_rows_computed = 0;  // of the output matrix
+  std::uint64_t head_fallbacks = 0;                     // tokens for which its predictor named too few rows
   double waited_s = 0.0;
 
   void reset(const Hyperparameters& hyper);

@@ -27,7 +27,7 @@ std::size_t copied_bytes(const Matrix& matrix) { return (stock_bytes(matrix) + 6
 
 }  // namespace
 
-WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
+WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload, bool predictor)
     : expert(model.expert_shape()) {
   bool can_pack = true;
   for (const Layer& layer : model.layers) {
@@ -45,6 +45,16 @@ WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
       mapped_bytes += stock_bytes(linear.stock);
     }
   };
+  if (predictor) {
+    if (!model.head_predictor) {
+      throw EngineError(
+          "the file has no predictor of the head's rows; open it with the exact head, or export it with a "
+          "predictor");
+    }
+    predictor_width = model.head_predictor->width();
+    count(model.head_predictor->down);
+    count(model.head_predictor->up);
+  }
   for (const Layer& layer : model.layers) {
     for (const Linear* linear : {&layer.query, &layer.key, &layer.value, &layer.output, &layer.router})
       count(*linear);
@@ -58,8 +68,10 @@ WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload)
 }
 
 Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, ThreadPool& pool,
-                 const ExpertStoreOptions& options)
-    : plan(*model, kernels, options.cache_bytes > 0), model_(std::move(model)), dense_(plan.dense_bytes) {
+                 const ExpertStoreOptions& options, bool predictor)
+    : plan(*model, kernels, options.cache_bytes > 0, predictor),
+      model_(std::move(model)),
+      dense_(plan.dense_bytes) {
   next_ = dense_.data();
   for (const Layer& layer : model_->layers) {
     layers.push_back({load(layer.query, kernels, pool), load(layer.key, kernels, pool),
@@ -68,6 +80,10 @@ Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, Thr
     model_->forget_pages();
   }
   head = load(model_->head, kernels, pool);
+  if (predictor) {
+    predictor_down = load(model_->head_predictor->down, kernels, pool);
+    predictor_up = load(model_->head_predictor->up, kernels, pool);
+  }
   model_->forget_pages();
   if (plan.packed_experts) experts = std::make_unique<ExpertStore>(model_, options, pool.threads());
 }

@@ -25,22 +25,24 @@ struct LayerWeights {
 
 // What `kernels` make of a model.
 struct WeightPlan {
-  WeightPlan(const Model& model, const Kernels& kernels, bool offload);
+  WeightPlan(const Model& model, const Kernels& kernels, bool offload, bool predictor);
 
   bool packed_experts = false;
   ExpertShape expert;
-  std::size_t dense_bytes = 0;   // copied: tiles, and beside packed experts every other matrix
-  std::size_t expert_bytes = 0;  // of every expert, when packed
-  std::size_t mapped_bytes = 0;  // read where they lie in the file
+  std::size_t dense_bytes = 0;       // copied: tiles, and beside packed experts every other matrix
+  std::size_t expert_bytes = 0;      // of every expert, when packed
+  std::size_t mapped_bytes = 0;      // read where they lie in the file
+  std::int64_t predictor_width = 0;  // 0: the head is computed whole
 };
 
 class Weights {
  public:
   Weights(std::shared_ptr<const Model> model, const Kernels& kernels, ThreadPool& pool,
-          const ExpertStoreOptions& options);
+          const ExpertStoreOptions& options, bool predictor);
 
   WeightPlan plan;
   Linear head;
+  Linear predictor_down, predictor_up;  // when the plan has one
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // when packed
 

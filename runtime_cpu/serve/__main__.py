@@ -14,6 +14,7 @@ import uvicorn
 
 from runtime_cpu import Engine, EngineError
 from runtime_cpu.chat_template import ChatTemplateError
+from runtime_cpu.head import HEADS
 from runtime_cpu.memory import format_bytes
 from runtime_cpu.serve.app import ServerSettings, build_app
 from runtime_cpu.tokenizer import TokenizerError
@@ -39,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--context", type=int, help="tokens of context (default: all that the model and memory allow)"
     )
     parser.add_argument("--memory", help="limit for everything, such as 1GiB (default: none)")
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        default="exact",
+        help="rows of the output matrix that are computed: all, or those that the file's predictor names, which is "
+        "faster and can lose tokens (default: %(default)s)",
+    )
     parser.add_argument("--model-name", help="name in the API (default: the file's name)")
     parser.add_argument("--api-key", help=f"ask clients for this key (or set {KEY_VARIABLE})")
     parser.add_argument(
@@ -72,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse(f"--grace is {options.grace}; allowed is 0 to 3600")
     warnings.showwarning = _show_warning
     try:
-        engine = Engine.open(options.model, options.threads, options.context, options.memory, sessions=1)
+        engine = Engine.open(
+            options.model, options.threads, options.context, options.memory, sessions=1, head=options.head
+        )
         settings = ServerSettings(
             model_name=options.model_name or options.model.stem,
             api_key=key,
@@ -98,6 +108,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{settings.model_name}: {info.parameters / 1e6:.1f} M parameters, {info.file_type}, {info.threads} threads, "
         f"context {info.context}, memory {format_bytes(info.plan.total_bytes)}"
     )
+    if info.head == "predictor":
+        _say(f"predicted head: {info.head_predictor}")
     _say(f"chat page   http://{host}:{port}/")
     _say(f"OpenAI API  http://{host}:{port}/v1")
     server = uvicorn.Server(

@@ -25,5 +25,6 @@ void test_checksum();
 void test_file_reader();
 void test_expert_cache();
 void test_forward();
+void test_head();
 void test_offload();
 void test_golden(const char* folder);

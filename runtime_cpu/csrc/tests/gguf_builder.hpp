@@ -168,6 +168,7 @@ struct Shape {
   std::vector<std::int32_t> rope, windowed;
   Type type = Type::kF32;
   bool softmax = true, tied = false;
+  std::int64_t predictor_width = 0;  // 0: no predictor of the head's rows
 };
 
 inline Container make_container(const Shape& shape, std::uint64_t seed) {
@@ -222,6 +223,14 @@ inline Container make_container(const Shape& shape, std::uint64_t seed) {
     tensor(block + "ffn_gate_exps.weight", {hidden, ffn, experts}, shape.type, 0.5F);
     tensor(block + "ffn_up_exps.weight", {hidden, ffn, experts}, shape.type, 0.5F);
     tensor(block + "ffn_down_exps.weight", {ffn, hidden, experts}, shape.type, 0.5F);
+  }
+  if (shape.predictor_width > 0) {
+    file.add_u32(key("head_predictor.width"), static_cast<std::uint32_t>(shape.predictor_width));
+    file.add_f32(key("head_predictor.threshold"), 0.1F);
+    file.add_f32(key("head_predictor.recall"), 0.99F);
+    file.add_f32(key("head_predictor.missed_argmax"), 0.01F);
+    tensor("head_predictor.down.weight", {hidden, u(shape.predictor_width)}, shape.type, 0.5F);
+    tensor("head_predictor.up.weight", {u(shape.predictor_width), u(shape.vocab)}, shape.type, 0.5F);
   }
   file.place_tensors();
   return file;

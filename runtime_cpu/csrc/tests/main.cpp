@@ -40,6 +40,7 @@ int main(int argc, char** argv) {
   if (runs("reader")) test_reader();
   if (runs("fuzz")) test_reader_fuzz(cases, seed);
   if (runs("forward")) test_forward();
+  if (runs("head")) test_head();
   if (runs("offload")) test_offload();
   if (golden != nullptr && runs("golden")) test_golden(golden);
   std::puts("all tests passed");

@@ -2,6 +2,7 @@
 // bends the structure (counts, lengths, types, offsets, shapes, values) as well as raw bytes.
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <memory>
 
 #include "check.hpp"
@@ -226,6 +227,45 @@ void test_reader() {
   refuses("attention.sliding_window is missing",
           [](Container& f) { f.add_i32s("smallthinker.sliding_window_layout", {0, 1, 0}); });
 
+  // A predictor of the head's rows is whole and sane, or the file is refused, whoever opens it.
+  Shape predicting;
+  predicting.predictor_width = 16;
+  const auto bad_predictor = [&](const std::string& message, const auto& bend) {
+    Container file = make_container(predicting, 3);
+    bend(file);
+    file.place_tensors();
+    const std::string found = refusal(file.write());
+    CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
+  };
+  CHECK(refusal(make_container(predicting, 3).write()).empty());
+  for (const char* name : {"width", "threshold", "recall", "missed_argmax"}) {
+    const std::string key = std::string("head_predictor.") + name;
+    bad_predictor("has no smallthinker." + key, [&](Container& f) { remove_value(f, key); });
+  }
+  bad_predictor("head_predictor.width is 0", [](Container& f) { set_u32(f, "head_predictor.width", 0); });
+  bad_predictor("'head_predictor.down.weight' has the shape",
+                [](Container& f) { set_u32(f, "head_predictor.width", 17); });
+  bad_predictor("has no tensor 'head_predictor.up.weight'", [](Container& f) { f.tensors.pop_back(); });
+  bad_predictor("has no tensor 'head_predictor.down.weight'",
+                [](Container& f) { f.tensors.erase(f.tensors.end() - 2); });
+  bad_predictor("'head_predictor.up.weight' has the shape", [](Container& f) {
+    f.tensors.back().shape[1] -= 1;
+    f.tensors.back().data.resize(f.tensors.back().data.size() - 64);
+  });
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), 1.5F, -0.5F}) {
+    bad_predictor("head_predictor.recall is", [&](Container& f) {
+      remove_value(f, "head_predictor.recall");
+      f.add_f32("smallthinker.head_predictor.recall", value);
+    });
+  }
+  for (const float value :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    bad_predictor("head_predictor.threshold is", [&](Container& f) {
+      remove_value(f, "head_predictor.threshold");
+      f.add_f32("smallthinker.head_predictor.threshold", value);
+    });
+  }
+
   // Which layers rotate and which are windowed, with and without our own keys.
   const auto layouts = [](Shape s) {
     const Exact exact(make_container(s, 3).write());
@@ -262,6 +302,7 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
   const std::array<Type, 3> types = {Type::kF32, Type::kQ4_0, Type::kQ8_0};
   for (unsigned long i = 0; i < cases; ++i) {
     shape.type = types[i % types.size()];
+    shape.predictor_width = i % 4 == 0 ? 32 : 0;
     Container file = make_container(shape, 1 + i % 3);
     for (std::uint64_t n = mutator.below(3); n > 0; --n) mutator.bend(file);
     Bytes bytes = file.write();
@@ -276,6 +317,7 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
       RuntimeOptions options;
       options.context = std::min<std::int64_t>(model->hyper.context, 16);
       options.chunk = 4;
+      options.predict_head = model->head_predictor.has_value();
       Runtime runtime(model, options);
       Session session(runtime.kv_layout(), model->hyper);
       std::vector<float> logits(static_cast<std::size_t>(model->hyper.vocab));
