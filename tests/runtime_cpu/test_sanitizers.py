@@ -27,7 +27,10 @@ def build(sanitizer: str) -> Path:
         "-DSMALLTHINKER_WERROR=ON",
     ]
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *generator, *options]
-    for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
+    for command in (
+        configure,
+        ["cmake", "--build", str(folder), "--parallel", "2", "--target", "core_tests"],
+    ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return folder / "core_tests"
