@@ -4,8 +4,8 @@
     rows = engine.logits([1, 2, 3])                       # float32 [3, V]
     ids = [token.id for token in engine.generate([1, 2, 3], max_tokens=16)]
 
-Any number of threads may use one engine. Every open generation has a sequence state of its own; the computing itself
-is done by one call at a time (a lock), so requests advance in turns, token by token. The GIL is released meanwhile.
+Any number of threads may use one engine. Every open generation has a sequence state of its own; generations that run at
+the same time take their steps together, as one pass over the weights (``batching.py``). The GIL is released meanwhile.
 At most ``sessions`` generations are open at once; a further one waits for a free state and then raises
 :class:`EngineBusyError`. Results depend neither on other requests, nor on the number of threads, nor on how a prompt
 is cut into chunks: the same file, kernels and KV type give the same bits.
@@ -14,6 +14,7 @@ is cut into chunks: the same file, kernels and KV type give the same bits.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shlex
 import threading
@@ -30,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu import _core
+from runtime_cpu.batching import Batcher
 from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head import HeadPredictorInfo, choose_head
@@ -43,7 +45,10 @@ from runtime_cpu.memory import (
 from runtime_cpu.planning import CHUNK_TOKENS, Planner
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
+_log = logging.getLogger(__name__)
+
 KERNELS_VARIABLE = "RUNTIME_CPU_KERNELS"
+_MOST_TOGETHER = 16  # sequences in one step
 MAX_THREADS = 256
 
 
@@ -113,6 +118,7 @@ class Engine:
         self._chunk_tokens = chunk_tokens
         self._wait_s = wait_s
         self._compute_lock = threading.Lock()
+        self._batcher = Batcher(self._compute_lock, self._decode, min(_MOST_TOGETHER, chunk_tokens))
         self._sessions_changed = threading.Condition()
         self._idle: list[_core.Session] = []
         self._created = 0
@@ -192,6 +198,7 @@ class Engine:
             release_free_memory()
         planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
         context, sessions, plan = planner.fit(context, sessions)
+        _log.info("%s: memory %s", file.name, plan)
         runtime = _core.Runtime(
             model,
             threads,
@@ -240,6 +247,10 @@ class Engine:
             plan=plan,
             warnings=tuple(model.warnings),
         )
+        if plan.offloads:
+            counters = runtime.expert_counters()
+            reason = f" ({counters['backend_reason']})" if counters["backend_reason"] else ""
+            _log.info("%s: experts are read through %s%s", file.name, counters["backend"], reason)
         engine = cls(runtime, model, info, chunk_tokens, wait_s)
         if tokenizer is not None:
             engine.__dict__["tokenizer"] = tokenizer
@@ -452,7 +463,13 @@ class Engine:
         with self._compute_lock:
             self._open_runtime().forward(session, token_ids, logits)
 
+    def _decode(
+        self, sessions: Sequence[_core.Session], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
+    ) -> None:
+        self._open_runtime().decode(sessions, token_ids, logits)
+
     def _finish(self, stats: Stats, session: _core.Session) -> None:
+        self._batcher.leave(session)
         stats.set_counters(session.take_counters())
         stats.peak_rss_bytes = peak_resident_bytes()
         self.stats = stats

@@ -267,7 +267,10 @@ class Generation(Iterator[Token]):
                     if lookup is not None and pace.wants_draft():
                         draft = lookup.draft(min(MOST_DRAFTED, limit - stats.generated_tokens - 1))
                     rows, row = buffer[: len(draft) + 1], 0
-                    engine._compute(session, np.array([token_id, *draft], np.int32), rows)
+                    if draft:
+                        engine._compute(session, np.array([token_id, *draft], np.int32), rows)
+                    else:
+                        engine._batcher.step(session, token_id, rows)
                     step_s = time.perf_counter() - step
                     if not draft:
                         pace.record(0, 1, step_s)

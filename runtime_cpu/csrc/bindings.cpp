@@ -110,6 +110,21 @@ void forward(PyRuntime& self, PySession& session, const TokenArray& tokens,
   self.runtime.forward(session.session, ids, out, rows);
 }
 
+void decode(PyRuntime& self, const std::vector<PySession*>& sessions, const TokenArray& tokens,
+            const LogitRows& logits) {
+  if (sessions.size() != tokens.shape(0) || sessions.size() != logits.shape(0) ||
+      static_cast<std::int64_t>(logits.shape(1)) != self.model->hyper.vocab) {
+    throw st::EngineError("there have to be as many tokens and rows of logits as sessions");
+  }
+  std::vector<st::Runtime::Step> steps;
+  for (std::size_t i = 0; i < sessions.size(); ++i) {
+    if (sessions[i]->model != self.model) throw st::EngineError("the session belongs to another model");
+    steps.push_back({&sessions[i]->session, tokens.data()[i]});
+  }
+  const nb::gil_scoped_release release;
+  self.runtime.decode(steps, logits.data());
+}
+
 nb::dict take_counters(PySession& self) {
   const st::Counters counters = self.session.counters;
   self.session.counters.reset(self.model->hyper);
@@ -368,6 +383,7 @@ NB_MODULE(_core, m) {
           nb::arg("model"), nb::arg("threads"), nb::arg("context"), nb::arg("kv_type"), nb::arg("kernels"),
           nb::arg("chunk_tokens"), nb::arg("expert_cache_bytes"), nb::arg("reader"), nb::arg("policy"),
           nb::arg("speculate"), nb::arg("predict_head") = false)
+      .def("decode", &decode, nb::arg("sessions"), nb::arg("token_ids"), nb::arg("logits"))
       .def("load_all",
            [](PyRuntime& s) {
              const nb::gil_scoped_release release;

@@ -22,8 +22,6 @@ void Runtime::experts(std::int64_t index, std::int64_t tokens) {
     const std::int64_t first = s.expert_begin[e];
     const std::int64_t count = s.expert_begin[e + 1] - first;
     if (count == 0) continue;
-    counters_.expert_counts[at * static_cast<std::size_t>(hyper.experts) + static_cast<std::size_t>(e)] +=
-        static_cast<std::uint64_t>(count);
     add_tasks(layer.gate, e, s.normed.view(s.slot_tokens + first), count, s.hidden.from(first).f32,
               s.hidden.stride, first);
   }
@@ -136,10 +134,6 @@ void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
   ExpertStore& store = *weights_.experts;
   const auto at = static_cast<std::size_t>(index);
   const std::int64_t slots = tokens * hyper.experts_per_token;
-  for (std::int64_t e = 0; e < hyper.experts; ++e) {
-    counters_.expert_counts[at * static_cast<std::size_t>(hyper.experts) + static_cast<std::size_t>(e)] +=
-        static_cast<std::uint64_t>(scratch_.expert_begin[e + 1] - scratch_.expert_begin[e]);
-  }
   counters_.neurons[at] += static_cast<std::uint64_t>(slots * hyper.expert_hidden);
   if (!store.offloads()) request_experts(index, tokens);
   if (store.offloads() && tokens == 1) guess_next(index);

@@ -128,6 +128,22 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
   }
 }
 
+void Runtime::check_token(std::int32_t token) const {
+  if (token < 0 || token >= model_->hyper.vocab) {
+    throw EngineError("token " + std::to_string(token) + " is outside the vocabulary of " +
+                      std::to_string(model_->hyper.vocab));
+  }
+}
+
+void Runtime::read_cache_counters(const CacheCounters& earlier) {
+  if (weights_.experts == nullptr) return;
+  const CacheCounters now = weights_.experts->counters();
+  counters_.cache_hits = now.hits + now.joined - earlier.hits - earlier.joined;
+  counters_.cache_misses = now.misses - earlier.misses;
+  counters_.bytes_read = now.bytes_read - earlier.bytes_read;
+  counters_.waited_s = now.waited_s - earlier.waited_s;
+}
+
 void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
                       std::int64_t logit_rows) {
   const std::lock_guard lock(mutex_);
@@ -135,12 +151,7 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
   if (session.length() + count > layout_.context) {
     throw EngineError("the context of " + std::to_string(layout_.context) + " tokens is full");
   }
-  for (const std::int32_t token : tokens) {
-    if (token < 0 || token >= model_->hyper.vocab) {
-      throw EngineError("token " + std::to_string(token) + " is outside the vocabulary of " +
-                        std::to_string(model_->hyper.vocab));
-    }
-  }
+  for (const std::int32_t token : tokens) check_token(token);
   if (logit_rows < 0 || logit_rows > count) throw EngineError("there are more rows of logits than tokens");
   counters_.reset(model_->hyper);
   const CacheCounters earlier = weights_.experts != nullptr ? weights_.experts->counters() : CacheCounters{};
@@ -162,14 +173,40 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
     }
     if (logits != nullptr) logits += wanted * model_->hyper.vocab;
   }
-  if (weights_.experts != nullptr) {
-    const CacheCounters now = weights_.experts->counters();
-    counters_.cache_hits = now.hits + now.joined - earlier.hits - earlier.joined;
-    counters_.cache_misses = now.misses - earlier.misses;
-    counters_.bytes_read = now.bytes_read - earlier.bytes_read;
-    counters_.waited_s = now.waited_s - earlier.waited_s;
-  }
+  read_cache_counters(earlier);
   session.counters.add(counters_);
+}
+
+void Runtime::decode(std::span<const Step> steps, float* logits) {
+  const std::lock_guard lock(mutex_);
+  if (steps.empty()) return;
+  if (static_cast<std::int64_t>(steps.size()) > chunk_) {
+    throw EngineError(std::to_string(steps.size()) + " sequences are too many for one step; at most " +
+                      std::to_string(chunk_) + " tokens are computed together");
+  }
+  std::vector<BatchRow> rows;
+  for (const Step& step : steps) {
+    check_token(step.token);
+    if (step.session->length() >= layout_.context) {
+      throw EngineError("the context of " + std::to_string(layout_.context) + " tokens is full");
+    }
+    for (const BatchRow& row : rows) {
+      if (row.session == step.session) throw EngineError("a sequence takes one step at a time");
+    }
+    rows.push_back({step.session, step.token, step.session->length()});
+  }
+  counters_.reset(model_->hyper);
+  const CacheCounters earlier = weights_.experts != nullptr ? weights_.experts->counters() : CacheCounters{};
+  for (const Step& step : steps) step.session->append(&step.token, 1);
+  try {
+    run_batch(rows, logits, static_cast<std::int64_t>(steps.size()));
+  } catch (...) {
+    for (const Step& step : steps) step.session->truncate(step.session->length() - 1);
+    throw;
+  }
+  read_cache_counters(earlier);
+  for (std::size_t i = 0; i < steps.size(); ++i)
+    steps[i].session->counters.add(counters_.share(i, steps.size()));
 }
 
 void Runtime::normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row) {
@@ -287,6 +324,13 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
     row.session->store(index, row.position, s.key + i * kv_size, s.value + i * kv_size, kernels_);
   });
   if (!early) route(tokens);
+  for (std::int64_t i = 0; i < tokens; ++i) {
+    std::uint64_t* counts =
+        rows[static_cast<std::size_t>(i)].session->counters.expert_counts.data() + index * hyper.experts;
+    for (std::int64_t n = 0; n < hyper.experts_per_token; ++n) {
+      ++counts[s.expert_ids[i * hyper.experts_per_token + n]];
+    }
+  }
 
   // As few pieces as keep all threads busy: the query heads of a piece share what it reads.
   const std::int64_t groups = hyper.heads / hyper.kv_heads;

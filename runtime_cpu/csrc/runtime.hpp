@@ -61,10 +61,9 @@ struct ExpertSlices {
   std::int64_t end(std::int64_t slice) const { return std::min(groups, (slice + 1) * each); }
 };
 
-inline constexpr std::int64_t kSplitSlots =
-    32;  // (token, expert) pairs up to which slices are pieces of work
+inline constexpr std::int64_t kSplitSlots = 32;     // (token, expert) pairs whose slices are pieces of work
+inline constexpr std::int64_t kTokenBlock = 32;     // else: tokens that an expert meets in one piece of work
 inline constexpr std::int64_t kLeastHeadRows = 64;  // fewer named rows than these: the whole head is computed
-inline constexpr std::int64_t kTokenBlock = 32;     // tokens that an expert meets in one piece of work
 
 // One token of a batch. Rows of different sessions may share a batch: only attention looks at the session.
 struct BatchRow {
@@ -133,6 +132,15 @@ class Runtime {
   void forward(Session& session, std::span<const std::int32_t> tokens, float* logits,
                std::int64_t logit_rows);
 
+  // One further token of several sequences together; `logits` [steps][vocab]. The bits are those of each
+  // alone. At most as many steps as a chunk has tokens, each with a session of its own. Throws as forward()
+  // does; every session is then cut back.
+  struct Step {
+    Session* session;
+    std::int32_t token;
+  };
+  void decode(std::span<const Step> steps, float* logits);
+
  private:
   struct Task {
     const Matrix* matrix;     // stock rows, or
@@ -146,6 +154,8 @@ class Runtime {
     std::uint64_t active = 0;
   };
 
+  void check_token(std::int32_t token) const;
+  void read_cache_counters(const CacheCounters& earlier);
   void run_batch(std::span<const BatchRow> rows, float* logits, std::int64_t logit_rows);
   void run_layer(std::int64_t index, std::span<const BatchRow> rows);
   void attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,

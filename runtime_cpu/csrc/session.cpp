@@ -54,6 +54,19 @@ void Counters::add(const Counters& other) {
   sum(expert_counts, other.expert_counts);
 }
 
+Counters Counters::share(std::size_t index, std::size_t count) const {
+  const auto part = [&](std::uint64_t value) { return value * (index + 1) / count - value * index / count; };
+  Counters result = *this;
+  for (std::uint64_t* value : {&result.cache_hits, &result.cache_misses, &result.bytes_read,
+                               &result.head_rows, &result.head_rows_computed, &result.head_fallbacks}) {
+    *value = part(*value);
+  }
+  for (std::uint64_t& value : result.neurons) value = part(value);
+  for (std::uint64_t& value : result.active_neurons) value = part(value);
+  std::fill(result.expert_counts.begin(), result.expert_counts.end(), 0);
+  return result;
+}
+
 Session::Session(const KvLayout& layout, const Hyperparameters& hyper) : layout_(layout) {
   counters.reset(hyper);
   std::size_t total = 0;

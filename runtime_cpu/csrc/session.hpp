@@ -52,6 +52,9 @@ struct Counters {
 
   void reset(const Hyperparameters& hyper);
   void add(const Counters& other);
+  // The share of sequence `index` of `count` that were computed together; the shares add up. Without
+  // expert_counts, which are counted where each token chooses.
+  Counters share(std::size_t index, std::size_t count) const;
 };
 
 class Session {

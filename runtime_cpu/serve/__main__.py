@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import socket
@@ -56,6 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="answer to this Host name too (a proxy's)",
     )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        help="requests answered at the same time, their steps computed together (default: %(default)s)",
+    )
     parser.add_argument("--queue", type=int, default=8, help="requests that may wait (default: %(default)s)")
     parser.add_argument(
         "--grace", type=int, default=30, help="seconds to finish answers at shutdown (default: %(default)s)"
@@ -74,14 +81,24 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if not 0 <= options.port <= 65535:
         return _refuse(f"--port is {options.port}; allowed is 0 to 65535")
+    if not 1 <= options.parallel <= 64:
+        return _refuse(f"--parallel is {options.parallel}; allowed is 1 to 64")
     if not 0 <= options.queue <= 10_000:
         return _refuse(f"--queue is {options.queue}; allowed is 0 to 10000")
     if not 0 <= options.grace <= 3600:
         return _refuse(f"--grace is {options.grace}; allowed is 0 to 3600")
     warnings.showwarning = _show_warning
+    log = logging.getLogger("runtime_cpu.engine")  # the plan, before anything is loaded
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
     try:
         engine = Engine.open(
-            options.model, options.threads, options.context, options.memory, sessions=1, head=options.head
+            options.model,
+            options.threads,
+            options.context,
+            options.memory,
+            sessions=options.parallel,
+            head=options.head,
         )
         settings = ServerSettings(
             model_name=options.model_name or options.model.stem,
@@ -90,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.host in _LOOPBACK
             else None,
             max_waiting=options.queue,
+            parallel=options.parallel,
         )
         app = build_app(engine, settings)
     except (OSError, EngineError, TokenizerError, ChatTemplateError, ValueError) as error:
@@ -123,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             server_header=False,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=options.grace,
-            limit_concurrency=options.queue + 64,
+            limit_concurrency=options.queue + options.parallel + 64,
         )
     )
     # uvicorn raises the signal again once it has shut down; this is the end that was asked for, not a failure.

@@ -53,7 +53,7 @@ class ServerSettings:
         model_name: what ``/v1/models`` lists and the ``model`` field has to be, when given.
         api_key: asked for as ``Authorization: Bearer …`` on every route but ``/`` and ``/health``.
         allowed_hosts: names accepted in ``Host`` (DNS rebinding); ``None``: any.
-        max_waiting: requests that may wait while one runs.
+        max_waiting: requests that may wait while ``parallel`` of them run, their steps computed together.
         max_body_bytes, body_timeout_s: limits of a request's body.
     """
 
@@ -61,6 +61,7 @@ class ServerSettings:
     api_key: str | None = None
     allowed_hosts: frozenset[str] | None = None
     max_waiting: int = 8
+    parallel: int = 1
     max_body_bytes: int = 4 << 20
     body_timeout_s: float = 30.0
 
@@ -95,7 +96,7 @@ class _Service:
     def __init__(self, engine: Engine, settings: ServerSettings) -> None:
         self.settings = settings
         self.metrics = ServerMetrics()
-        self.worker = Worker(engine, self.metrics, settings.max_waiting)
+        self.worker = Worker(engine, self.metrics, settings.max_waiting, settings.parallel)
         self._engine = engine
         self._tokenizer = engine.tokenizer
         self._template = ChatTemplate.from_metadata(engine.metadata, engine.tokenizer)

@@ -32,6 +32,11 @@ class ServerMetrics:
         with self._lock:
             self._requests[route, status] += 1
 
+    def count_running(self, change: int) -> None:
+        """A generation begins (+1) or ends (-1)."""
+        with self._lock:
+            self.running += change
+
     def count_generation(self, stats: Stats) -> None:
         """One generation that has ended, for whatever reason."""
         with self._lock:

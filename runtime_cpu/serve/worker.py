@@ -1,6 +1,6 @@
-"""Runs one generation at a time in a thread of its own, and keeps a bounded queue before it.
+"""Runs one or several generations at a time in threads of their own, and keeps a bounded queue before them.
 
-worker = Worker(engine, metrics, max_waiting=8)
+worker = Worker(engine, metrics, max_waiting=8, parallel=2)
 with worker.admit() as ticket:                 # ApiError 429 when the queue is full
     async for tokens in ticket.run(prompt_ids, max_tokens=64, temperature=0.0):
         ...                                    # leaving early cancels the generation
@@ -28,29 +28,31 @@ _HEARTBEAT_S = 10.0
 class Worker:
     """Owner of the engine on behalf of all connections. Use from one event loop."""
 
-    def __init__(self, engine: Engine, metrics: ServerMetrics, max_waiting: int) -> None:
+    def __init__(self, engine: Engine, metrics: ServerMetrics, max_waiting: int, parallel: int = 1) -> None:
         self.engine = engine
         self.metrics = metrics
         self._max_waiting = max_waiting
         self._admitted = 0
-        # One thread: its queue is the order in which requests take their turns.
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._parallel = parallel
+        # Its queue is the order in which requests take their turns.
+        self._pool = ThreadPoolExecutor(max_workers=parallel, thread_name_prefix="generate")
         self._closing = threading.Event()
 
     def admit(self) -> Ticket:
         """A place in the queue.
 
         Raises:
-            ApiError: 429 when one generation runs and ``max_waiting`` more wait; 503 when shutting down.
+            ApiError: 429 when ``parallel`` generations run and ``max_waiting`` more wait; 503 when shutting down.
         """
         if self._closing.is_set():
             raise ApiError(
                 503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"}
             )
-        if self._admitted > self._max_waiting:
+        if self._admitted >= self._max_waiting + self._parallel:
+            run = "one request runs" if self._parallel == 1 else f"{self._parallel} requests run"
             raise ApiError(
                 429,
-                f"the queue is full: one request runs and {self._max_waiting} wait; try again later",
+                f"the queue is full: {run} and {self._max_waiting} wait; try again later",
                 code="queue_full",
                 headers={"Retry-After": "1"},
             )
@@ -129,7 +131,7 @@ class Ticket:
         metrics = self._worker.metrics
         if self._cancelled.is_set():
             return
-        metrics.running = 1
+        metrics.count_running(+1)
         end: Exception | None = None
         try:
             with self._worker.engine.generate(prompt, **options) as generation:
@@ -140,6 +142,6 @@ class Ticket:
                     put(token)
         except Exception as error:
             end = error
-        metrics.running = 0
+        metrics.count_running(-1)
         metrics.count_generation(self.stats)
         put(end)

@@ -531,6 +531,29 @@ def test_a_slow_body_does_not_hold_the_engine(server: Server) -> None:
         assert post(server, chat_body()).status_code == 200
 
 
+def test_parallel_clients_share_their_steps() -> None:
+    """Two at a time get what each would get alone, and both run."""
+    with running_server(
+        GOLDEN / "tiny-4b-q8_0.gguf", "--context", "512", "--parallel", "2", "--model-name", "m"
+    ) as server:
+
+        def ask(number: int) -> str:
+            body = {"prompt": f"number {number} " * 3, "max_tokens": 60, "temperature": 0.7, "seed": number}
+            answer = post(server, body, "/v1/completions")
+            assert answer.status_code == 200, answer.text
+            return str(answer.json()["choices"][0]["text"])
+
+        alone = [ask(number) for number in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(ask, number) for number in range(4)]
+            most = 0.0
+            while not all(future.done() for future in asked):
+                most = max(most, metric(server, "running"))
+            assert [future.result() for future in asked] == alone
+        assert most <= 2
+        wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0)
+
+
 # --- who may ask -----------------------------------------------------------------------------------------------
 
 
