@@ -40,7 +40,7 @@ def test_padding_changes_nothing_for_real_tokens(side: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=5), st.integers(0, 4), st.integers(0, 9))
 def test_packed_documents_equal_single_ones(lengths: list[int], padding: int, seed: int) -> None:
-    model = tiny(seed=seed)
+    model = tiny(seed=seed).double()  # in fp32 a near-tie between experts may fall either way
     pieces = [token_ids(1, length, seed=i) for i, length in enumerate(lengths)]
     ids = torch.cat([*pieces, torch.zeros(1, padding, dtype=torch.int64)], dim=1)
     documents = torch.cat(
