@@ -8,6 +8,7 @@
 #include "check.hpp"
 #include "gguf_builder.hpp"
 #include "model.hpp"
+#include "packed_builder.hpp"
 #include "runtime.hpp"
 
 using namespace smallthinker;
@@ -51,8 +52,9 @@ Value& value_of(Container& file, const std::string& key) {
   std::abort();
 }
 
-void set_u32(Container& file, const std::string& key, std::uint32_t number) {
-  Value& value = value_of(file, "smallthinker." + key);
+void set_u32(Container& file, const std::string& key, std::uint32_t number,
+             const std::string& prefix = "smallthinker.") {
+  Value& value = value_of(file, prefix + key);
   value.payload.clear();
   value.type = 4;
   put(value.payload, number);
@@ -284,6 +286,46 @@ void test_reader() {
   CHECK(layouts(plain) ==
         std::pair(Flags{true, true, false, false, true}, Flags{false, true, false, true, true}));
 
+  // Packed files.
+  Shape q4;
+  q4.type = Type::kQ4_0;
+  for (const bool tied : {false, true}) {
+    q4.tied = tied;
+    CHECK(refusal(make_packed_container(q4, 3).write()).empty(), "a sound packed file is refused");
+    const auto bad = [&](const std::string& message, const auto& bend) {
+      Container file = make_packed_container(q4, 3);
+      bend(file);
+      const std::string found = refusal(file.write());
+      CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
+    };
+    bad("version 9 of the layout", [](Container& f) { set_u32(f, "packed.version", 9); });
+    bad("has no smallthinker.packed.checksum.blk.0.attn_q",
+        [](Container& f) { remove_value(f, "packed.checksum.blk.0.attn_q"); });
+    bad("has no tensor 'blk.2.ffn_experts.packed'",
+        [](Container& f) { f.tensors.erase(f.tensors.end() - 2); });
+    bad("has no tensor 'experts.checksums'", [](Container& f) { f.tensors.pop_back(); });
+    bad("'experts.checksums' has the shape", [](Container& f) {
+      f.tensors.back().shape[0] = 8;
+      f.tensors.back().data.resize(f.tensors.back().data.size() / 2);
+    });
+    bad("has 2 entries; the model has 12 experts",
+        [](Container& f) { f.add_i32s("smallthinker.packed.expert_order", {0, 1}); });
+    bad("does not name every expert of layer 0 once", [](Container& f) {
+      f.add_i32s("smallthinker.packed.expert_order", std::vector<std::int32_t>(12, 1));
+    });
+    bad("does not name every expert of layer 0 once", [](Container& f) {
+      f.add_i32s("smallthinker.packed.expert_order", std::vector<std::int32_t>(12, -1));
+    });
+    bad("has 1 entries", [](Container& f) { f.add_i32s("smallthinker.expert_counts", {1}); });
+    bad("negative count",
+        [](Container& f) { f.add_i32s("smallthinker.expert_counts", std::vector<std::int32_t>(12, -1)); });
+    bad("does not start at a multiple of 4096", [](Container& f) {
+      f.alignment = 32;
+      set_u32(f, "alignment", 32, "general.");
+      f.place_tensors();
+    });
+  }
+
   Container silent = make_container(shape, 3);
   remove_value(silent, "expert_gating_func");
   const Exact exact(silent.write());
@@ -303,7 +345,10 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
   for (unsigned long i = 0; i < cases; ++i) {
     shape.type = types[i % types.size()];
     shape.predictor_width = i % 4 == 0 ? 32 : 0;
-    Container file = make_container(shape, 1 + i % 3);
+    const bool packed = shape.type == Type::kQ4_0 && i % 2 == 0;
+    if (packed) shape.predictor_width = 0;
+    shape.tied = packed && i % 4 == 0;
+    Container file = packed ? make_packed_container(shape, 1 + i % 3) : make_container(shape, 1 + i % 3);
     for (std::uint64_t n = mutator.below(3); n > 0; --n) mutator.bend(file);
     Bytes bytes = file.write();
     mutator.bend(bytes);
@@ -325,7 +370,7 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
       const std::vector<std::int32_t> tokens(
           static_cast<std::size_t>(std::min<std::int64_t>(options.context, 3)), last);
       runtime.forward(session, tokens, logits.data(), 1);
-    } catch (const ModelFileError&) {
+    } catch (const EngineError&) {  // of a packed file also later, by the checksum of an expert
     }
   }
   CHECK(accepted > cases / 20 && accepted < cases - cases / 20, "the fuzzer is one-sided: %lu accepted",
