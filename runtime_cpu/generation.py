@@ -48,7 +48,7 @@ class Stats:
     Attributes:
         prompt_tokens: tokens of the prompt, of which ``reused_tokens`` were still in the KV cache.
         generated_tokens: tokens given out (a stop token is not given out).
-        prompt_s, decode_s: time computing the prompt and the tokens after the first.
+        prompt_s, decode_s: time computing the prompt, and computing and choosing the tokens after the first.
         first_token_s: from the start of the request to its first token.
         active_neuron_share: share of the experts' neurons that were above zero, over all tokens computed.
         active_neuron_share_by_layer: the same per layer.
@@ -242,9 +242,12 @@ class Generation(Iterator[Token]):
                     if stats.generated_tokens >= limit:
                         stats.finish_reason = "length"
                         return
+                    choosing = time.perf_counter()
                     token_id, logprob, top = sampler.sample(rows[row], options.logprobs)
                     if stats.generated_tokens == 0:
                         stats.first_token_s = time.perf_counter() - started
+                    else:
+                        stats.decode_s += time.perf_counter() - choosing
                     if token_id in options.stop_ids:
                         stats.finish_reason, stats.stop_id = "stop", token_id
                         return

@@ -80,14 +80,18 @@ std::int32_t Sampler::draw() {
   const double peak = logit(best);
   if (!std::isfinite(peak)) return best;
   // Relative probabilities; the best one has 1.
-  const auto weight = [&](std::int32_t id) {
-    const double exponent = (logit(id) - peak) / options_.temperature;
-    return exponent <= 0.0 ? std::exp(exponent) : 0.0;  // also drops NaN
-  };
+  const auto weight = [&](std::int32_t id) { return weights_[static_cast<std::size_t>(id)]; };
   order_.clear();
+  weights_.resize(logits_.size());
+  double all = 0.0;
   for (std::int32_t id = 0; id < vocab_; ++id) {
-    const double value = weight(id);
-    if (value > 0.0 && value >= options_.min_p) order_.push_back(id);
+    const double exponent = (logit(id) - peak) / options_.temperature;
+    const double value = exponent <= 0.0 ? std::exp(exponent) : 0.0;  // also drops NaN
+    weights_[static_cast<std::size_t>(id)] = value;
+    if (value > 0.0 && value >= options_.min_p) {
+      order_.push_back(id);
+      all += value;
+    }
   }
   const auto before = [&](std::int32_t a, std::int32_t b) {
     const float first = logits_[static_cast<std::size_t>(a)];
@@ -101,8 +105,13 @@ std::int32_t Sampler::draw() {
   }
   double total = 0.0;
   if (options_.top_p < 1.0) {
-    double all = 0.0;
-    for (const std::int32_t id : order_) all += weight(id);
+    if (options_.top_k > 0) {
+      all = 0.0;
+      for (const std::int32_t id : order_) all += weight(id);
+    }
+    // All tokens below this together weigh less than what top_p leaves out: none of them is needed.
+    const double least = (1.0 - options_.top_p) * all / static_cast<double>(order_.size() + 1);
+    std::erase_if(order_, [&](std::int32_t id) { return weight(id) < least; });
     // The fewest best tokens that reach top_p together; sorted in growing pieces, since few are usually
     // enough.
     std::size_t kept = 0;

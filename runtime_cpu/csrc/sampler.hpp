@@ -66,6 +66,7 @@ class Sampler {
   std::unordered_map<std::int32_t, std::int64_t> seen_;       // in prompt or answer
   std::vector<float> logits_;
   std::vector<std::int32_t> order_;
+  std::vector<double> weights_;  // by id
 };
 
 }  // namespace smallthinker
