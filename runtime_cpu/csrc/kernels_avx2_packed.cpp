@@ -3,13 +3,12 @@
 // only once.
 #include <immintrin.h>
 
+#include "active_neurons.hpp"
 #include "kernels.hpp"
 
 namespace smallthinker {
 namespace {
 
-constexpr int kAhead = 12;            // neurons whose weights are on their way into the second cache
-constexpr std::int64_t kBatch = 16;   // groups whose active neurons are listed together
 constexpr std::int64_t kNarrow = 16;  // neurons whose products 16 bits can sum: 16 * 15 * 128 < 2^15
 
 SMALLTHINKER_INLINE __m256i load256(const void* from) {
@@ -330,51 +329,18 @@ std::int64_t avx2_neurons(const ExpertShape& shape, const std::byte* expert, std
                           std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
                           float* out) {
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
-  std::int64_t active = 0;
-  for (std::int64_t first = group_begin; first < group_end; first += kBatch) {
-    const std::int64_t last = first + kBatch < group_end ? first + kBatch : group_end;
-    std::int32_t ids[kBatch * kNeuronGroup];
-    const std::byte* groups[kBatch * kNeuronGroup];
-    float hidden[kBatch * kNeuronGroup];
-    std::int64_t begins[kBatch + 1];
-    std::int64_t count = 0;
-    for (std::int64_t g = first; g < last; ++g) {
-      begins[g - first] = count;
-      const std::byte* group = expert + shape.group_offset(g);
-      const float* values = gate + (g - group_begin) * kNeuronGroup;
-      for (std::int32_t n = 0; n < kNeuronGroup; ++n) {
-        ids[count] = n;
-        groups[count] = group;
-        hidden[count] = values[n];
-        count += values[n] > 0.0F ? 1 : 0;
-      }
-    }
-    begins[last - first] = count;
-    active += count;
-    for (std::int64_t i = 0; i < (count < kAhead ? count : kAhead); ++i)
-      prefetch_neuron(shape, groups[i], ids[i]);
-    for (std::int64_t g = first; g < last; ++g) {
-      const std::int64_t begin = begins[g - first];
-      const std::int64_t end = begins[g - first + 1];
-      if (begin == end) continue;
-      for (std::int64_t i = begin; i < end; i += 2) {
-        const int rows = i + 1 < end ? 2 : 1;
-        for (std::int64_t ahead = i + kAhead; ahead < i + kAhead + rows && ahead < count; ++ahead) {
-          prefetch_neuron(shape, groups[ahead], ids[ahead]);
-        }
-        float dots[2];
-        if (rows == 2) {
-          up_rows<2>(shape, groups + i, ids + i, planes, dots);
-          hidden[i + 1] *= dots[1];
-        } else {
-          up_rows<1>(shape, groups + i, ids + i, planes, dots);
-        }
-        hidden[i] *= dots[0];
-      }
-      add_down(shape, groups[begin], ids + begin, hidden + begin, end - begin, out);
-    }
-  }
-  return active;
+  return walk_active_neurons(
+      shape, expert, group_begin, group_end, gate,
+      [&](const std::byte* group, std::int32_t n) { prefetch_neuron(shape, group, n); },
+      [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
+        up_rows<2>(shape, groups, ids, planes, dots);
+      },
+      [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
+        up_rows<1>(shape, groups, ids, planes, dots);
+      },
+      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count) {
+        add_down(shape, group, ids, hidden, count, out);
+      });
 }
 
 }  // namespace smallthinker

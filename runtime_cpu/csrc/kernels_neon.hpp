@@ -16,12 +16,10 @@
 
 #include <arm_neon.h>
 
+#include "active_neurons.hpp"
 #include "kernels.hpp"
 
 namespace smallthinker::neon {
-
-inline constexpr int kAhead = 4;                   // neurons whose weights are on their way into the cache
-inline constexpr std::int64_t kListedGroups = 16;  // groups whose active neurons are listed together
 
 // ---- loads
 
@@ -263,51 +261,18 @@ std::int64_t neurons(const ExpertShape& shape, const std::byte* expert, std::int
                      std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
                      float* out) {
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
-  std::int64_t active = 0;
-  for (std::int64_t first = group_begin; first < group_end; first += kListedGroups) {
-    const std::int64_t last = first + kListedGroups < group_end ? first + kListedGroups : group_end;
-    std::int32_t ids[kListedGroups * kNeuronGroup];
-    const std::byte* groups[kListedGroups * kNeuronGroup];
-    float hidden[kListedGroups * kNeuronGroup];
-    std::int64_t begins[kListedGroups + 1];
-    std::int64_t count = 0;
-    for (std::int64_t g = first; g < last; ++g) {
-      begins[g - first] = count;
-      const std::byte* group = expert + shape.group_offset(g);
-      const float* values = gate + (g - group_begin) * kNeuronGroup;
-      for (std::int32_t n = 0; n < kNeuronGroup; ++n) {
-        ids[count] = n;
-        groups[count] = group;
-        hidden[count] = values[n];
-        count += values[n] > 0.0F ? 1 : 0;
-      }
-    }
-    begins[last - first] = count;
-    active += count;
-    for (std::int64_t i = 0; i < (count < kAhead ? count : kAhead); ++i)
-      prefetch_neuron(shape, groups[i], ids[i]);
-    for (std::int64_t g = first; g < last; ++g) {
-      const std::int64_t begin = begins[g - first];
-      const std::int64_t end = begins[g - first + 1];
-      if (begin == end) continue;
-      for (std::int64_t i = begin; i < end; i += 2) {
-        const int rows = i + 1 < end ? 2 : 1;
-        for (std::int64_t ahead = i + kAhead; ahead < i + kAhead + rows && ahead < count; ++ahead) {
-          prefetch_neuron(shape, groups[ahead], ids[ahead]);
-        }
-        float dots[2];
-        if (rows == 2) {
-          up_rows<Dot, 2>(shape, groups + i, ids + i, planes, dots);
-          hidden[i + 1] *= dots[1];
-        } else {
-          up_rows<Dot, 1>(shape, groups + i, ids + i, planes, dots);
-        }
-        hidden[i] *= dots[0];
-      }
-      add_down<Dot>(shape, groups[begin], ids + begin, hidden + begin, end - begin, out);
-    }
-  }
-  return active;
+  return walk_active_neurons(
+      shape, expert, group_begin, group_end, gate,
+      [&](const std::byte* group, std::int32_t n) { prefetch_neuron(shape, group, n); },
+      [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
+        up_rows<Dot, 2>(shape, groups, ids, planes, dots);
+      },
+      [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
+        up_rows<Dot, 1>(shape, groups, ids, planes, dots);
+      },
+      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count) {
+        add_down<Dot>(shape, group, ids, hidden, count, out);
+      });
 }
 
 }  // namespace smallthinker::neon
