@@ -237,7 +237,8 @@ std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, s
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
   return walk_active_neurons(
       shape, expert, group_begin, group_end, gate,
-      [&](const std::byte* group, std::int32_t n) { prefetch_neuron(shape, group, n); },
+      [&](const std::byte* group, std::int32_t n)
+          __attribute__((always_inline)) { prefetch_neuron(shape, group, n); },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<2>(shape, groups, ids, planes, dots);
       },

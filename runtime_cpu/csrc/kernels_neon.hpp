@@ -263,7 +263,8 @@ std::int64_t neurons(const ExpertShape& shape, const std::byte* expert, std::int
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
   return walk_active_neurons(
       shape, expert, group_begin, group_end, gate,
-      [&](const std::byte* group, std::int32_t n) { prefetch_neuron(shape, group, n); },
+      [&](const std::byte* group, std::int32_t n)
+          __attribute__((always_inline)) { prefetch_neuron(shape, group, n); },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<Dot, 2>(shape, groups, ids, planes, dots);
       },
