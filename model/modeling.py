@@ -49,6 +49,7 @@ class RouterStats(ModelOutput):
         active_neurons: ``[L]`` int64, expert neurons with gate > 0 over all (token, chosen expert) pairs;
             divide by ``tokens * K * F`` for the share of active neurons.
         active_neurons_by_expert: ``[L, E]`` int64, the same per expert; divide by ``expert_counts * F``.
+        mean_scores: ``[L, E]`` float32, mean router score of every expert (rows sum to 1).
         tokens: valid tokens.
         experts: ``[L, B, T, K]`` int64, each token's choice, most wanted first. Only within
         ``record_experts``.
@@ -57,6 +58,7 @@ class RouterStats(ModelOutput):
     expert_counts: Tensor | None = None
     active_neurons: Tensor | None = None
     active_neurons_by_expert: Tensor | None = None
+    mean_scores: Tensor | None = None
     tokens: int | None = None
     experts: Tensor | None = None
 
@@ -298,6 +300,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         active_LE = torch.stack([output.active_E for output in outputs])
         valid = torch.tensor(batch * tokens, device=x_BTD.device) if valid_T is None else valid_T.sum()
         frequencies_LE = self.balance.frequencies(counts_LE, valid, self.training)
+        mean_scores_LE = torch.stack([output.mean_scores_E for output in outputs])
         experts = None
         if self._record_experts:
             experts = torch.stack([output.experts_TK for output in outputs]).unflatten(1, (batch, tokens))
@@ -305,14 +308,13 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             last_hidden_state=x_BTD,
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            load_balance_loss=load_balance_loss(
-                frequencies_LE, torch.stack([output.mean_scores_E for output in outputs])
-            ),
+            load_balance_loss=load_balance_loss(frequencies_LE, mean_scores_LE),
             router_z_loss=torch.stack([output.z_loss for output in outputs]).mean(),
             router_stats=RouterStats(
                 expert_counts=counts_LE,
                 active_neurons=active_LE.sum(dim=1),
                 active_neurons_by_expert=active_LE,
+                mean_scores=mean_scores_LE.detach(),
                 tokens=batch * tokens if valid_T is None else int(valid),
                 experts=experts,
             ),

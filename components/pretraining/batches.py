@@ -1,4 +1,4 @@
-"""Training batches from memory-mapped shards: ``BatchSource(...).rank_batch(step, rank, world)``."""
+"""Training batches from memory-mapped shards: ``BatchSource(...).rank_groups(step, rank, world)``."""
 
 from __future__ import annotations
 
@@ -79,8 +79,12 @@ class BatchSource:
         self.order = SequenceOrder(config.seed, self.curriculum, self.mixtures, available)
 
     def sequences(self, step: int) -> Sequences:
-        """What step ``step`` trains on."""
-        return self.order.step(step)
+        """What step ``step`` trains on, in the order in which rows are dealt to groups and ranks."""
+        sequences = self.order.step(step)
+        if self._config.load_balance_domains == "mixed":
+            return sequences
+        by_category = np.argsort(sequences.category_B, kind="stable")
+        return Sequences(sequences.category_B[by_category], sequences.start_B[by_category])
 
     def read(self, sequences: Sequences, context: int) -> torch.Tensor:
         """The tokens of ``sequences``: int64 ``[B, context]``."""
@@ -89,23 +93,31 @@ class BatchSource:
             row[:] = self._streams[CATEGORIES[category]].read(int(start), context)
         return torch.from_numpy(rows)
 
-    def rank_batch(self, step: int, rank: int, world: int) -> list[MicroBatch]:
-        """Rank ``rank``'s micro-batches of a step, in order.
+    def rank_groups(self, step: int, rank: int, world: int) -> list[list[MicroBatch]]:
+        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group.
 
-        Micro-step a of rank r takes rows ``[(a * world + r) * m, … + m)`` of the global batch, m being the
-        micro-batch; over all ranks and micro-steps every row is taken once.
+        The global batch is cut into ``load_balance_groups`` equal runs of rows. With more ranks than groups,
+        ``world / groups`` neighbouring ranks share one; with fewer, a rank takes several, one after the other. Within
+        a group, micro-step a of its n-th of R ranks takes rows ``[(a * R + n) * m, … + m)``, m being the micro-batch.
         """
         span = self.curriculum.at(step)
         micro = self._config.micro_batch(span.index)
         sequences = self.sequences(step)
-        return [
-            self._micro_batch(
-                sequences,
-                slice((a * world + rank) * micro, (a * world + rank + 1) * micro),
-                span.spec.context,
+        per_rank = accumulation_steps(self._config, span.index, world)
+        groups = self._config.load_balance_groups
+        sharing, taken = max(1, world // groups), max(1, groups // world)
+        first_group, place = (rank // sharing, rank % sharing) if taken == 1 else (rank * taken, 0)
+        rows = span.spec.sequences_per_step // groups
+        result = []
+        for group in range(first_group, first_group + taken):
+            starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
+            result.append(
+                [
+                    self._micro_batch(sequences, slice(start, start + micro), span.spec.context)
+                    for start in starts
+                ]
             )
-            for a in range(accumulation_steps(self._config, span.index, world))
-        ]
+        return result
 
     def _micro_batch(self, sequences: Sequences, rows: slice, context: int) -> MicroBatch:
         part = Sequences(sequences.category_B[rows], sequences.start_B[rows])
@@ -122,7 +134,7 @@ def accumulation_steps(config: PretrainConfig, stage: int, world: int) -> int:
     """Micro-steps per optimizer step of one rank.
 
     Raises:
-        StageError: the global batch cannot be cut evenly over ``world`` processes.
+        StageError: the global batch or its groups cannot be cut evenly over ``world`` processes.
     """
     batch, micro = config.stages[stage].sequences_per_step, config.micro_batch(stage)
     if batch % (micro * world):
@@ -130,6 +142,11 @@ def accumulation_steps(config: PretrainConfig, stage: int, world: int) -> int:
             f"The global batch of stage{stage + 1} is {batch} sequences; with {world} processes and micro-batches of "
             f"{micro} it must be a multiple of {micro * world}. Change sequences_per_step, sequences_per_micro_batch "
             "or processes."
+        )
+    groups = config.load_balance_groups
+    if groups % world and world % groups:
+        raise StageError(
+            f"load_balance_groups is {groups}; with {world} processes a divisor or a multiple of {world} is allowed."
         )
     return batch // (micro * world)
 

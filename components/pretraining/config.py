@@ -116,11 +116,19 @@ class PretrainConfig(StageConfig):
     load_balance_coef: float = Field(
         default=0.008, ge=0.0, le=1.0, description="weight of the load-balance loss"
     )
-    load_balance_group: int = Field(
-        default=0,
-        ge=0,
+    load_balance_groups: int = Field(
+        default=1,
+        ge=1,
         le=1 << 16,
-        description="ranks that pool expert counts for the load-balance loss; 0: all",
+        description="parts of the global batch, each of which pools its expert counts for the load-balance loss",
+    )
+    load_balance_domains: Literal["mixed", "sharded"] = Field(
+        default="mixed",
+        description="mixed: every group sees the whole mixture; sharded: rows are dealt to groups by category",
+    )
+    load_balance_counts: Literal["running", "exact"] = Field(
+        default="running",
+        description="running: counts of the micro-steps so far; exact: of the whole group, by a first forward pass",
     )
     router_z_coef: float = Field(default=1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
     absent_category: Literal["error", "renormalise"] = Field(
@@ -186,6 +194,11 @@ class PretrainConfig(StageConfig):
                 raise ValueError(
                     f"stages[{number - 1}].sequences_per_step is {stage.sequences_per_step}; it must be a "
                     f"multiple of the micro-batch, which is {micro} sequences at context {stage.context}"
+                )
+            if stage.sequences_per_step % (micro * self.load_balance_groups):
+                raise ValueError(
+                    f"load_balance_groups is {self.load_balance_groups}; stages[{number - 1}] has "
+                    f"{stage.sequences_per_step // micro} micro-batches a step, and only their divisors are allowed"
                 )
         return self
 

@@ -168,13 +168,10 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
 
 
 def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | None:
-    """The group over which this rank pools expert counts; ``None`` alone."""
-    size = config.load_balance_group or ranks.world
-    if ranks.world % size:
-        raise StageError(
-            f"load_balance_group is {size}; it must divide the number of processes, which is {ranks.world}."
-        )
-    if size == 1:
+    """The ranks with which this one shares a load-balance group; ``None`` alone."""
+    accumulation_steps(config, 0, ranks.world)
+    size = ranks.world // config.load_balance_groups
+    if size <= 1:
         return None
     if size == ranks.world:
         return dist.group.WORLD

@@ -117,7 +117,10 @@ def _full_size(
             tokens_per_category=2_000_000, bigram_tokens_per_category=20_000_000, sequences_per_batch=2
         ),
         load_balance_coef=0.008,  # [ours] the ablation's weight in Qiu et al., arXiv 2501.11873
-        load_balance_group=32,  # [ours] 32 ranks x micro-batch >= 128 sequences with accumulation (same source)
+        # [ours] one group per 32 GPUs: hundreds of sequences, far above the 128 beyond which Qiu et al. see no gain.
+        load_balance_groups=hardware.gpus // 32,
+        # [ours] the paper's DP groups hold different data; every group alike would only tighten the balance.
+        load_balance_domains="sharded",
         router_z_coef=1e-3,  # [ours] ST-MoE, arXiv 2202.08906
         absent_category="error",  # [ours] at this cost a missing category is a mistake
         sequences_per_micro_batch=micro_batch,  # [ours] what fits beside the weights, see the plan

@@ -39,6 +39,9 @@ class Layout:
             "expert_counts": layers * experts,
             "active_neurons": layers,
             "router_entropy": layers,
+            "mean_scores": layers * experts,
+            "groups": 1,
+            "group_load_max": layers,
         }
         self.slices: dict[str, slice] = {}
         start = 0
@@ -140,6 +143,14 @@ class StepMeter:
         sums[at["expert_counts"]] += out.router_stats.expert_counts.flatten()
         sums[at["active_neurons"]] += out.router_stats.active_neurons
         sums[at["router_entropy"]] += entropy_L.to(sums.device)
+        sums[at["mean_scores"]] += out.router_stats.mean_scores.flatten()
+
+    @torch.no_grad()
+    def add_group(self, counts_LE: Tensor) -> None:
+        """Take a finished load-balance group into account: its pooled expert counts ``[L, E]``."""
+        loads_LE = counts_LE.double() / counts_LE.sum(dim=1, keepdim=True)
+        self._sums[self._layout.slices["groups"]] += 1  # once per rank of the group: only the ratio is used
+        self._sums[self._layout.slices["group_load_max"]] += loads_LE.max(dim=1).values * self._layout.experts
 
     def pooled(self) -> Tensor:
         """The step's sums over all ranks, float64 on the CPU; every rank gets the same."""
@@ -148,28 +159,49 @@ class StepMeter:
         return self._sums.cpu()
 
 
+def global_balance(layout: Layout, pooled: Tensor) -> float:
+    """The load-balance loss of one step at global scope: frequencies and scores over the whole batch.
+
+    Args:
+        layout: where the sums lie.
+        pooled: one step's sums over all ranks.
+    """
+    counts_LE = pooled[layout.slices["expert_counts"]].view(layout.layers, layout.experts)
+    scores_LE = pooled[layout.slices["mean_scores"]].view(layout.layers, layout.experts)
+    frequencies_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+    scores_LE = scores_LE / pooled[layout.slices["micro_steps"]].clamp(min=1)
+    return float(layout.experts * (frequencies_LE * scores_LE).sum(dim=1).mean())
+
+
 class Interval:
     """Sums over the steps since the last logged line."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._sums = torch.zeros(layout.width, dtype=torch.float64)
-        self._grad_norm_sum, self._steps = 0.0, 0
+        self._grad_norm_sum, self._global_balance_sum, self._steps = 0.0, 0.0, 0
 
     def add(self, pooled: Tensor, grad_norm: float) -> None:
         """Take a finished step into account."""
         self._sums += pooled
         self._grad_norm_sum += grad_norm
+        self._global_balance_sum += global_balance(self._layout, pooled)
         self._steps += 1
 
     def to_state(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"sums": self._sums.tolist(), "grad_norm_sum": self._grad_norm_sum, "steps": self._steps}
+        return {
+            "sums": self._sums.tolist(),
+            "grad_norm_sum": self._grad_norm_sum,
+            "global_balance_sum": self._global_balance_sum,
+            "steps": self._steps,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`to_state`."""
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
         self._grad_norm_sum, self._steps = float(state["grad_norm_sum"]), int(state["steps"])
+        self._global_balance_sum = float(state["global_balance_sum"])
 
     def _field(self, name: str) -> Tensor:
         return self._sums[self._layout.slices[name]]
@@ -182,6 +214,7 @@ class Interval:
         metrics = {
             f"train/{name}": float(self._field(name)) / micro for name in ("ce", "load_balance", "router_z")
         }
+        metrics["train/load_balance_global"] = self._global_balance_sum / max(1, self._steps)
         metrics["train/grad_norm"] = self._grad_norm_sum / max(1, self._steps)
         nats, targets = self._field("nats_by_category"), self._field("targets_by_category")
         for category, name in enumerate(CATEGORIES):
@@ -196,10 +229,12 @@ class Interval:
             metrics[f"router/entropy/layer{layer:02d}"] = float(entropy_L[layer])
             metrics[f"experts/sparsity/layer{layer:02d}"] = float(sparsity_L[layer])
         metrics["router/load_max"] = float(load_LE.max()) * layout.experts
+        group_max_L = self._field("group_load_max") / max(1.0, float(self._field("groups")))
+        metrics["router/load_max_group"] = float(group_max_L.max())
         metrics["router/entropy"] = float(entropy_L.mean())
         metrics["experts/sparsity"] = float(sparsity_L.mean())
         self._sums.zero_()
-        self._grad_norm_sum, self._steps = 0.0, 0
+        self._grad_norm_sum, self._global_balance_sum, self._steps = 0.0, 0.0, 0
         return metrics
 
 

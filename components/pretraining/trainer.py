@@ -12,6 +12,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from components.artifacts import METRICS_NAME, StageContext, StageError
-from components.pretraining.batches import BatchSource
+from components.pretraining.batches import BatchSource, MicroBatch
 from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import PretrainConfig
 from components.pretraining.curriculum import StageSpan
@@ -210,49 +211,70 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
+    def _forward(self, batch: MicroBatch, through: Any) -> Any:
+        """One forward pass of the model, or of the engine around it, which takes part in the backward pass."""
+        device, chunk = self._ranks.device, self._config.loss_chunk_tokens
+        return through(
+            input_ids=batch.input_ids_BT.to(device, non_blocking=True),
+            document_ids=batch.document_ids_BT.to(device, non_blocking=True),
+            use_cache=False,
+            logits_to_keep=1 if chunk else 0,
+            output_hidden_states=bool(chunk),
+        )
+
+    def _micro_step(self, batch: MicroBatch) -> None:
+        """Forward and backward of one micro-batch."""
+        config, engine = self._config, self._engine
+        labels_BT = batch.labels_BT.to(self._ranks.device, non_blocking=True)
+        out = self._forward(batch, engine)
+        if config.loss_chunk_tokens:
+            head_VD = engine.module.lm_head.weight
+            losses_BT = chunked_token_losses(
+                out.hidden_states[-1], head_VD, labels_BT, config.loss_chunk_tokens
+            )
+        else:
+            losses_BT = token_losses(out.logits, labels_BT)
+        ce = losses_BT.mean()
+        loss = (
+            ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
+        )
+        self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
+        engine.backward(loss)
+
+    def _count_exactly(self, group: Sequence[MicroBatch]) -> None:
+        """Run a load-balance group once without gradients, so that its counts are those of all its tokens."""
+        with torch.no_grad(), self._engine.module.balance.counting():
+            for batch in group:
+                self._forward(batch, self._engine.module)
+                self._entropy.take()
+
     def _train_step(self, bar: Any) -> float:
         """Forward, backward and update of the current step; returns seconds spent waiting for data."""
         step, config, engine = self._step, self._config, self._engine
         began = time.perf_counter()
-        batches = self._source.rank_batch(step, self._ranks.rank, self._ranks.world)
+        groups = self._source.rank_groups(step, self._ranks.rank, self._ranks.world)
         waited_s = time.perf_counter() - began
         rate = self._curriculum.learning_rate(step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in engine.optimizer.param_groups:
+            parameters["lr"] = rate
         engine.train()
         self._meter.reset()
-        for number, batch in enumerate(batches, 1):
-            device = self._ranks.device
-            labels_BT = batch.labels_BT.to(device, non_blocking=True)
-            chunk = config.loss_chunk_tokens
-            out = engine(
-                input_ids=batch.input_ids_BT.to(device, non_blocking=True),
-                document_ids=batch.document_ids_BT.to(device, non_blocking=True),
-                use_cache=False,
-                logits_to_keep=1 if chunk else 0,
-                output_hidden_states=bool(chunk),
-            )
-            if chunk:
-                head_VD = engine.module.lm_head.weight
-                losses_BT = chunked_token_losses(out.hidden_states[-1], head_VD, labels_BT, chunk)
-            else:
-                losses_BT = token_losses(out.logits, labels_BT)
-            ce = losses_BT.mean()
-            loss = (
-                ce
-                + config.load_balance_coef * out.load_balance_loss
-                + config.router_z_coef * out.router_z_loss
-            )
-            self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
-            engine.backward(loss)
-            if number < len(batches):
-                engine.step()  # counts the micro-step
+        left, balance = sum(map(len, groups)), engine.module.balance
+        for group in groups:
+            if config.load_balance_counts == "exact":
+                self._count_exactly(group)
+            for batch in group:
+                self._micro_step(batch)
+                left -= 1
+                if left:
+                    engine.step()  # counts the micro-step
+            self._meter.add_group(balance.counts)
+            balance.reset()
         pooled = self._meter.pooled()
         mean_loss = float(pooled[1] / pooled[0])
         sequences = self._source.sequences(step)
         self._guard.check(step, mean_loss, None, sequences.describe())
         engine.step()
-        engine.module.balance.reset()
         grad_norm = float(engine.get_global_grad_norm())
         self._guard.check(step, mean_loss, grad_norm, sequences.describe())
         self._guard.accept(mean_loss)

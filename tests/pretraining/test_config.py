@@ -50,6 +50,10 @@ def stages(**first: Any) -> dict[str, Any]:
                 f"multiple of the micro-batch, which is 4 sequences at context {CONTEXT}",
             ),
         ),
+        (
+            run_config(load_balance_groups=3),
+            ("load_balance_groups is 3", "stages[0] has 2 micro-batches a step, and only their divisors"),
+        ),
         (run_config(stages=[stage_config()] * 2), ("stages", "at least 3")),
         (run_config(precision="fp16"), ("precision = 'fp16'", "'auto', 'fp32' or 'bf16'")),
         (run_config(spike_ratio=1.0), ("spike_ratio = 1.0", "greater than 1")),

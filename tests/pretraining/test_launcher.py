@@ -110,6 +110,27 @@ def test_two_ranks_train_like_one_process(tmp_path: Path, tokens: Path, children
     assert_same_losses(tmp_path / "two", tmp_path / "one")
 
 
+def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
+    tmp_path: Path, tokens: Path, children: Children
+) -> None:
+    """Two groups of four sequences: one rank each, or both on one rank in two micro-steps each."""
+    values = {"load_balance_groups": 2, "load_balance_counts": "exact", "load_balance_domains": "sharded"}
+    request = write_request(tmp_path / "two", tokens, several(2, **values))
+    codes, answer = run_ranks(children, request, 2)
+    assert codes == [0, 0] and "error" not in answer
+    in_micro_steps = {**several(1, **values), "sequences_per_micro_batch": 2}
+    children.run(tokens, tmp_path / "one", in_micro_steps)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    for key, value in (("load_balance_groups", 1), ("load_balance_counts", "running")):
+        out = tmp_path / key
+        children.run(tokens, out, {**in_micro_steps, key: value})
+        one, other = (lines(folder)[1]["metrics"] for folder in (tmp_path / "one", out))
+        assert one["train/ce"] == pytest.approx(other["train/ce"], rel=1e-6)  # the same rows and weights
+        # Fresh routers hardly discriminate, yet this is five times what rounding may do above.
+        assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-4, key
+        assert one["train/load_balance_global"] == pytest.approx(other["train/load_balance_global"], rel=1e-6)
+
+
 @pytest.mark.campaign
 def test_torchrun_passes_signals_on_and_two_processes_train_like_one(
     tmp_path: Path, tokens: Path, children: Children

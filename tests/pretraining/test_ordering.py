@@ -18,7 +18,7 @@ from components.pretraining.config import CATEGORIES, PretrainConfig
 from components.pretraining.curriculum import Curriculum
 from components.pretraining.ordering import SequenceOrder, effective_mixture, permute, philox
 from components.tokenization import TokenShards
-from tests.pretraining.factory import run_config, stage_config
+from tests.pretraining.factory import CONTEXT, run_config, stage_config
 
 AVAILABLE = {"general": 1000, "maths": 333, "code": 64, "web_stem": 40, "chinese": 17, "sft": 129}
 
@@ -171,23 +171,45 @@ def test_every_world_trains_on_the_same_rows(tokens: Path) -> None:
                 row == shards.shard("train", CATEGORIES[category]).tokens[start : start + len(row)].tolist()
             )
         for world in (1, 2, 4):
-            ranks = [
-                BatchSource(config, streams, shards.eos_id).rank_batch(step, rank, world)
-                for rank in range(world)
-            ]
             micro_steps = accumulation_steps(config, span.index, world)
-            assert [len(batches) for batches in ranks] == [micro_steps] * world
-            rows = [
-                row
-                for a in range(micro_steps)
-                for r in range(world)
-                for row in ranks[r][a].input_ids_BT.tolist()
-            ]
-            assert rows == wanted, (step, world)
-            categories = [
-                c for a in range(micro_steps) for r in range(world) for c in ranks[r][a].category_B.tolist()
-            ]
+            ranks = [source.rank_groups(step, rank, world) for rank in range(world)]
+            assert [[len(group) for group in groups] for groups in ranks] == [[micro_steps]] * world
+            in_order = [ranks[r][0][a] for a in range(micro_steps) for r in range(world)]
+            assert [row for batch in in_order for row in batch.input_ids_BT.tolist()] == wanted, (step, world)
+            categories = [c for batch in in_order for c in batch.category_B.tolist()]
             assert categories == sequences.category_B.tolist()
+
+
+@pytest.mark.parametrize("domains", ["mixed", "sharded"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_every_world_deals_the_same_rows_to_a_group(tokens: Path, groups: int, domains: str) -> None:
+    config = PretrainConfig.model_validate(
+        run_config(sequences_per_micro_batch=1, load_balance_groups=groups, load_balance_domains=domains)
+    )
+    plain = PretrainConfig.model_validate(run_config(sequences_per_micro_batch=1))
+    shards = TokenShards.open(tokens)
+    streams = {name: shards.shard("train", name) for name in shards.categories("train")}
+    source, mixed = (BatchSource(one, streams, shards.eos_id) for one in (config, plain))
+    for step in (0, 7, 30):
+        context = source.curriculum.at(step).spec.context
+        rows = source.read(source.sequences(step), context).tolist()
+        everything = mixed.read(mixed.sequences(step), context).tolist()
+        assert sorted(rows) == sorted(everything)  # dealing changes places, never what a step trains on
+        size = len(rows) // groups
+        for world in (1, 2, 4):
+            sharing = max(1, world // groups)
+            found: list[list[list[int]]] = [[] for _ in range(groups)]
+            for rank in range(world):
+                taken = source.rank_groups(step, rank, world)
+                assert len(taken) == max(1, groups // world)
+                first = rank // sharing if sharing > 1 else rank * len(taken)
+                for offset, group in enumerate(taken):
+                    found[first + offset] += [row for batch in group for row in batch.input_ids_BT.tolist()]
+            for group in range(groups):
+                assert sorted(found[group]) == sorted(rows[group * size : (group + 1) * size]), (world, group)
+        if domains == "sharded":
+            categories = source.sequences(step).category_B.tolist()
+            assert categories == sorted(categories) and len(set(categories)) > 1
 
 
 def test_a_batch_that_cannot_be_cut_is_named() -> None:
@@ -195,3 +217,11 @@ def test_a_batch_that_cannot_be_cut_is_named() -> None:
     assert accumulation_steps(config, 0, 2) == 1
     with pytest.raises(StageError, match="stage1 is 8 sequences; with 3 processes and micro-batches of 4"):
         accumulation_steps(config, 0, 3)
+    values = {"sequences_per_micro_batch": 1, "load_balance_groups": 4}
+    stages = [stage_config(sequences_per_step=24, tokens=24 * CONTEXT)] * 3
+    config = PretrainConfig.model_validate(run_config(**values, stages=stages, optimizer={"warmup_steps": 1}))
+    assert [accumulation_steps(config, 0, world) for world in (1, 2, 4, 8)] == [24, 12, 6, 3]
+    with pytest.raises(
+        StageError, match="load_balance_groups is 4; with 6 processes a divisor or a multiple of 6"
+    ):
+        accumulation_steps(config, 0, 6)

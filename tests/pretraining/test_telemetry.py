@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from components.artifacts import StageError
+from components.pretraining.batches import MicroBatch
+from components.pretraining.engine import Ranks
 from components.pretraining.progress import RunRecord, align_metrics
-from components.pretraining.telemetry import LossGuard, chunked_token_losses, token_losses
+from components.pretraining.telemetry import (
+    Interval,
+    Layout,
+    LossGuard,
+    StepMeter,
+    chunked_token_losses,
+    token_losses,
+)
+from model.modeling import CausalLMOutput, RouterStats
 
 
 def calm_guard(steps: int) -> LossGuard:
@@ -76,6 +86,36 @@ def test_losses_in_chunks_equal_losses_at_once(chunk: int) -> None:
     found = torch.autograd.grad((in_chunks * weights).sum(), (x_BTD, head_VD))
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_balance_at_global_and_at_group_scope() -> None:
+    """Two groups that each use one half of the experts: balanced globally, as unbalanced as can be in a group."""
+    layout = Layout(layers=1, experts=4, top_k=1, expert_hidden=8)
+    meter = StepMeter(layout, Ranks(0, 1, torch.device("cpu")))
+    meter.reset()
+    batch = MicroBatch(*(torch.zeros(1, 9, dtype=torch.int64),) * 3, torch.zeros(1, dtype=torch.int64))
+    for half in ((4, 4, 0, 0), (0, 0, 4, 4)):
+        counts_LE = torch.tensor([half])
+        stats = RouterStats(
+            expert_counts=counts_LE,
+            active_neurons=torch.tensor([16]),
+            mean_scores=counts_LE / 8,
+            tokens=8,
+        )
+        out = CausalLMOutput(
+            load_balance_loss=torch.tensor(2.0), router_z_loss=torch.tensor(0.5), router_stats=stats
+        )
+        meter.add(batch, torch.ones(1, 8), torch.tensor(1.0), out, torch.zeros(1))
+        meter.add_group(counts_LE)
+    interval = Interval(layout)
+    interval.add(meter.pooled(), grad_norm=3.0)
+    resumed = Interval(layout)
+    resumed.load_state(json.loads(json.dumps(interval.to_state())))
+    for one in (interval, resumed):
+        metrics = one.drain()
+        assert metrics["train/load_balance"] == 2.0 and metrics["train/load_balance_global"] == 1.0
+        assert metrics["router/load_max"] == 1.0 and metrics["router/load_max_group"] == 2.0
+        assert metrics["experts/sparsity"] == 0.75 and metrics["train/grad_norm"] == 3.0
 
 
 def test_the_metrics_file_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
