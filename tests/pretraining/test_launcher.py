@@ -14,7 +14,7 @@ import pytest
 from components.pretraining.config import PretrainConfig
 from components.pretraining.launcher import launch_command
 from tests.pretraining.children import Children
-from tests.pretraining.factory import BATCH, CONTEXT, run_config, stage_config
+from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
 from tests.pretraining.test_training import lines, logged, saved
 
 REQUEST = Path("/shared/request.json")
@@ -114,7 +114,13 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
     tmp_path: Path, tokens: Path, children: Children
 ) -> None:
     """Two groups of four sequences: one rank each, or both on one rank in two micro-steps each."""
-    values = {"load_balance_groups": 2, "load_balance_counts": "exact", "load_balance_domains": "sharded"}
+    values: dict[str, Any] = {
+        "load_balance_groups": 2,
+        "load_balance_counts": "exact",
+        "load_balance_domains": "sharded",
+        # Routers that discriminate from the start.
+        "model": {"preset": "nano", "overrides": {**MODEL, "initializer_range": 0.3}},
+    }
     request = write_request(tmp_path / "two", tokens, several(2, **values))
     codes, answer = run_ranks(children, request, 2)
     assert codes == [0, 0] and "error" not in answer
@@ -126,8 +132,7 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
         children.run(tokens, out, {**in_micro_steps, key: value})
         one, other = (lines(folder)[1]["metrics"] for folder in (tmp_path / "one", out))
         assert one["train/ce"] == pytest.approx(other["train/ce"], rel=1e-6)  # the same rows and weights
-        # Fresh routers hardly discriminate, yet this is five times what rounding may do above.
-        assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-4, key
+        assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-3, key
         assert one["train/load_balance_global"] == pytest.approx(other["train/load_balance_global"], rel=1e-6)
 
 
