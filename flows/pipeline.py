@@ -148,30 +148,33 @@ def _raise_interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__)
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what to run and how."""
     parser.add_argument("--recipe", default="nano", help=f"one of {', '.join(RECIPES)}")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument("--rebuild", action="append", default=[], metavar="STAGE", help="build it again")
     parser.add_argument(
         "--root", type=Path, default=PROJECT / "runs", help="folder of artefacts and downloads"
     )
     parser.add_argument("--plan", action="store_true", help="say what would run and why, and stop")
     parser.add_argument("--plain", action="store_true", help="without Prefect")
-    options = parser.parse_args(arguments)
-    request = Request(
-        options.recipe, tuple(options.overrides), options.until, tuple(options.rebuild), options.root
-    )
+
+
+def request_of(options: argparse.Namespace, until: str | None) -> Request:
+    """What the parsed options ask for, up to the stage ``until``."""
+    return Request(options.recipe, tuple(options.overrides), until, tuple(options.rebuild), options.root)
+
+
+def execute(request: Request, plan: bool = False, plain: bool = False) -> int:
+    """Run or only plan a request; users' errors go to stderr. Returns the exit code."""
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        if options.plan:
+        if plan:
             runner = Runner(resolve(request.recipe, request.overrides), request.root, say=say_on_stderr)
             planned = runner.plan(upstream(request.until) if request.until else STAGES)
             runner.describe(planned)
             runner.preflight(planned)
-        elif options.plain:
+        elif plain:
             run_pipeline(request)
         else:
             # The runner says what happens; Prefect's own lines would say it again.
@@ -187,6 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say_on_stderr("interrupted; what was finished is kept: the same command goes on from there")
         return 130
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description=__doc__)
+    add_run_options(parser)
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    options = parser.parse_args(arguments)
+    return execute(request_of(options, options.until), options.plan, options.plain)
 
 
 if __name__ == "__main__":
