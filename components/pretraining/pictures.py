@@ -20,7 +20,8 @@ from components.pretraining.progress import TRAIN_KEY
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, in one rename and with no trace of the library's version."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
@@ -64,7 +65,7 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
             ha="center",
             fontsize=6.5,
         )
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def draw_bits_per_byte(heldout: Mapping[str, Any], names: Sequence[str], out: Path) -> None:
@@ -83,4 +84,4 @@ def draw_bits_per_byte(heldout: Mapping[str, Any], names: Sequence[str], out: Pa
     axes.set_ylabel("held-out bits per byte (lower is better)")
     axes.legend(ncols=4, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.12))
     _tidy(axes)
-    _save(figure, out)
+    save_figure(figure, out)
