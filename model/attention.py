@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from model.configuration import SmallThinkerConfig
+from model.flex import attend
 from model.masks import LayerMask
 
 
@@ -117,7 +118,9 @@ class Attention(nn.Module):
         k_BGSH, v_BGSH = k_BGTH, v_BGTH
         if cache is not None:
             k_BGSH, v_BGSH = cache.update(k_BGTH, v_BGTH, self.layer)
-        if _prefers_plain_products(q_BNTH, k_BGSH):
+        if mask.blocks is not None:
+            out_BNTH = attend(q_BNTH, k_BGSH, v_BGSH, mask.blocks)
+        elif _prefers_plain_products(q_BNTH, k_BGSH):
             out_BNTH = _attend_by_products(q_BNTH, k_BGSH, v_BGSH, mask)
         else:
             out_BNTH = F.scaled_dot_product_attention(

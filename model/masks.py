@@ -13,6 +13,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from model.flex import document_blocks
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,12 @@ class LayerMask:
     Attributes:
         allowed: ``[B or 1, 1, Q, S]`` bool, True where attention is allowed; ``None``: see ``is_causal``.
         is_causal: the square causal mask, by the kernel's own means.
+        blocks: FlexAttention's block mask, to be used instead of the others; GPUs in training.
     """
 
     allowed: Tensor | None
     is_causal: bool
+    blocks: BlockMask | None = None
     _memo: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def additive(self, queries: int, keys: int, like: Tensor) -> Tensor:
@@ -60,6 +65,7 @@ def build_layer_mask(
     padding_BS: Tensor | None,
     documents_BT: Tensor | None,
     device: torch.device,
+    use_blocks: bool = False,
 ) -> LayerMask:
     """Mask of one kind of layer.
 
@@ -72,7 +78,10 @@ def build_layer_mask(
         padding_BS: ``[B, >= past + Q]`` True for real tokens, or ``None`` when every token is real.
         documents_BT: ``[B, Q]`` document number per token, only without a past; negative means padding.
         device: where the mask is needed.
+        use_blocks: give documents as FlexAttention's block mask.
     """
+    if use_blocks and documents_BT is not None:
+        return LayerMask(None, is_causal=False, blocks=document_blocks(documents_BT, window))
     plain = padding_BS is None and documents_BT is None
     fresh = isinstance(past_tokens, int) and past_tokens == 0 and keys == queries
     bites = window is not None and window < keys

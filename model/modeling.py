@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ from model.losses import (
     router_z,
 )
 from model.masks import LayerMask, build_layer_mask
+
+AttentionBackend = Literal["auto", "flex", "sdpa"]
 
 
 @dataclass
@@ -197,6 +199,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         self.rotary_emb = RotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.balance = LoadBalance()
+        self.attention_backend: AttentionBackend = "auto"
         self._record_experts = False
         self.post_init()
 
@@ -220,6 +223,8 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         if padding_BS is not None and not torch.compiler.is_compiling() and bool(padding_BS.all()):
             padding_BS = None
         masks = {}
+        backend = self.attention_backend
+        use_blocks = backend == "flex" or (backend == "auto" and x_BTD.is_cuda)
         for windowed in (False, True):
             if windowed not in self.config.sliding_window_layout:
                 continue
@@ -237,6 +242,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
                 padding_BS=padding_BS,
                 documents_BT=document_ids,
                 device=x_BTD.device,
+                use_blocks=use_blocks,
             )
         return masks
 
@@ -394,6 +400,10 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             self.config.dtype,
             max_shard_bytes=parse_size(max_shard_size),
         )
+
+    def set_attention_backend(self, backend: AttentionBackend) -> None:
+        """Choose how packed documents attend: ``flex`` (block masks), ``sdpa`` (masks in memory), ``auto``."""
+        self.model.attention_backend = backend
 
     def set_expert_backend(self, backend: Backend) -> None:
         """Choose how experts are computed: ``loop``, ``grouped`` (grouped_mm), ``dense``, or ``auto``."""

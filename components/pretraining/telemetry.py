@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from components.artifacts import StageError
 from components.pretraining.batches import MicroBatch
@@ -79,40 +78,6 @@ class RouterEntropy:
         values = torch.stack(self._values[-self._layers :])
         self._values.clear()
         return values
-
-
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats of every label but the first of each row: ``[B, T - 1]`` float32."""
-    losses = F.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(labels_BT.shape[0], -1)
-
-
-def chunked_token_losses(x_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor, chunk_tokens: int) -> Tensor:
-    """:func:`token_losses` without ever holding all logits: ``[B, T - 1]`` float32.
-
-    The output matrix is applied to ``chunk_tokens`` positions at a time and again in the backward pass, so that the
-    logits take ``chunk_tokens * V`` numbers instead of ``B * T * V``.
-
-    Args:
-        x_BTD: residual stream after the final norm.
-        head_VD: output matrix.
-        labels_BT: labels, unshifted.
-        chunk_tokens: positions per chunk.
-    """
-
-    def losses(x_tD: Tensor, labels_t: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x_tD, head_VD).float(), labels_t, reduction="none")
-
-    x_RD, labels_R = x_BTD[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten()
-    parts = [
-        checkpoint(losses, x_tD, labels_t, use_reentrant=False)
-        for x_tD, labels_t in zip(
-            torch.split(x_RD, chunk_tokens), torch.split(labels_R, chunk_tokens), strict=True
-        )
-    ]
-    return torch.cat(parts).view(labels_BT.shape[0], -1)
 
 
 class StepMeter:

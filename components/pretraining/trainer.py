@@ -33,6 +33,7 @@ from components.pretraining.engine import (
     save_engine,
 )
 from components.pretraining.flops import training_flops_per_token
+from components.pretraining.head_loss import fused_token_losses, token_losses
 from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
 from components.pretraining.interruption import Interruption
 from components.pretraining.progress import RunRecord, align_metrics, evaluation_metrics, flush_to_disk
@@ -42,8 +43,6 @@ from components.pretraining.telemetry import (
     LossGuard,
     RouterEntropy,
     StepMeter,
-    chunked_token_losses,
-    token_losses,
 )
 from components.tokenization import TokenShards
 from model import PRESETS, ConfigError, SmallThinkerConfig, SmallThinkerForCausalLM, preset
@@ -229,12 +228,12 @@ class Trainer:
         out = self._forward(batch, engine)
         if config.loss_chunk_tokens:
             head_VD = engine.module.lm_head.weight
-            losses_BT = chunked_token_losses(
+            ce, losses_BT = fused_token_losses(
                 out.hidden_states[-1], head_VD, labels_BT, config.loss_chunk_tokens
             )
         else:
             losses_BT = token_losses(out.logits, labels_BT)
-        ce = losses_BT.mean()
+            ce = losses_BT.mean()
         loss = (
             ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
         )

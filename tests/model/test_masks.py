@@ -108,3 +108,27 @@ def test_masks_equal_the_definition(queries: int, past: int, window: int | None,
     expected = _brute(queries, keys, offset, past, window, padding)
     found = torch.isfinite(mask.additive(queries, keys, torch.zeros(())))[0, 0]
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [128, 200, 300])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_block_masks_equal_masks_in_memory(tokens: int, padded: bool) -> None:
+    """FlexAttention, which GPUs train with, over packed documents, global and windowed layers, grouped queries."""
+    model = tiny(max_position_embeddings=512).double()
+    assert {0, 1} == set(model.config.sliding_window_layout) and model.config.sliding_window_size < tokens
+    ids_BT = token_ids(2, tokens)
+    starts_BT = torch.rand(2, tokens, generator=torch.Generator().manual_seed(tokens)) < 0.03
+    documents_BT = starts_BT.long().cumsum(dim=1)
+    if padded:
+        documents_BT[1, -7:] = -1
+    outputs = []
+    for backend in ("sdpa", "flex"):
+        model.set_attention_backend(backend)
+        with torch.no_grad():
+            outputs.append(model(ids_BT, document_ids=documents_BT).logits)
+    real_BT = documents_BT >= 0
+    torch.testing.assert_close(outputs[1][real_BT], outputs[0][real_BT], atol=1e-9, rtol=0)
+    with torch.no_grad():
+        blind = model(ids_BT, document_ids=torch.zeros_like(documents_BT)).logits
+    assert (blind - outputs[0]).abs().max() > 1e-3  # the documents matter

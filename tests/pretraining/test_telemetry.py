@@ -1,4 +1,4 @@
-"""The loss guard, losses in chunks, and the metrics file after a crash."""
+"""The loss guard, balance at two scopes, and the metrics file after a crash."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from components.pretraining.telemetry import (
     Layout,
     LossGuard,
     StepMeter,
-    chunked_token_losses,
-    token_losses,
 )
 from model.modeling import CausalLMOutput, RouterStats
 
@@ -70,22 +68,6 @@ def test_spikes_are_judged_by_the_recent_median() -> None:
     resumed.load(guard.recent)
     with pytest.raises(StageError):
         resumed.check(300, 15.1, None, "")
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 14, 1000])
-def test_losses_in_chunks_equal_losses_at_once(chunk: int) -> None:
-    torch.manual_seed(0)
-    x_BTD = torch.randn(2, 8, 6, requires_grad=True)
-    head_VD = torch.randn(11, 6, requires_grad=True)
-    labels_BT = torch.randint(0, 11, (2, 8))
-    at_once = token_losses(x_BTD @ head_VD.T, labels_BT)
-    in_chunks = chunked_token_losses(x_BTD, head_VD, labels_BT, chunk)
-    torch.testing.assert_close(in_chunks, at_once)
-    weights = torch.randn_like(at_once)
-    wanted = torch.autograd.grad((at_once * weights).sum(), (x_BTD, head_VD))
-    found = torch.autograd.grad((in_chunks * weights).sum(), (x_BTD, head_VD))
-    for one, other in zip(wanted, found, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_balance_at_global_and_at_group_scope() -> None:
