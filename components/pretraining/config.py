@@ -101,6 +101,13 @@ class EvaluationPart(_Part):
         description="training tokens per category that the bigram baseline counts",
     )
     sequences_per_batch: int = Field(default=16, ge=1, le=4096, description="windows in one forward pass")
+    position_documents: int = Field(
+        default=48,
+        ge=0,
+        le=100_000,
+        description="held-out documents per category on which the last stage's longer context is judged by position; "
+        "0: not",
+    )
 
 
 class PretrainConfig(StageConfig):

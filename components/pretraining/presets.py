@@ -112,9 +112,13 @@ def _full_size(
             weight_decay=0.1,  # [paper]
             clip_norm=1.0,  # [ours] as in Llama, Qwen and DeepSeek
         ),
-        # [ours] enough for +-0.005 bits per byte; the bigram counts a sample that fits a node's memory.
+        # [ours] enough for +-0.005 bits per byte; the bigram counts a sample that fits a node's memory; losses by
+        # position load two models into one process: the command of long_context.py does that elsewhere.
         evaluation=EvaluationPart(
-            tokens_per_category=2_000_000, bigram_tokens_per_category=20_000_000, sequences_per_batch=2
+            tokens_per_category=2_000_000,
+            bigram_tokens_per_category=20_000_000,
+            sequences_per_batch=2,
+            position_documents=0,
         ),
         load_balance_coef=0.008,  # [ours] the ablation's weight in Qiu et al., arXiv 2501.11873
         # [ours] one group per 32 GPUs: hundreds of sequences, far above the 128 beyond which Qiu et al. see no gain.

@@ -101,6 +101,7 @@ def write_results(
     heldout["tokens"] = evaluations[f"{names[-1]}:end"]["tokens"]
     heldout["note"] = EVALUATION_NOTE
     write_json(context.out / "heldout.json", heldout)
+    longer = _judge_longer_context(context, config)
     write_json(context.out / "activation_stats.json", evaluations[f"{names[-1]}:end"]["activations"])
     context.close()
     draw_loss(context.out / METRICS_NAME, curriculum, context.out / "loss.png")
@@ -110,8 +111,33 @@ def write_results(
     metrics["heldout_bits_per_byte_bigram"] = heldout["bigram"]["overall"]
     metrics["tokens"] = float(curriculum.tokens_before(curriculum.total_steps))
     metrics["steps"] = float(curriculum.total_steps)
+    metrics.update(longer)
     _check_lessons(context, names, heldout)
     return metrics
+
+
+def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict[str, float]:
+    """Write ``long_context.json``: what the last stage did to the loss before and beyond the earlier context's end."""
+    old, new = config.stages[-2].context, config.stages[-1].context
+    if new <= old or not config.evaluation.position_documents:
+        return {}
+    from components.pretraining.long_context import measure
+
+    earlier, last = (
+        context.out / f"stage{number}" for number in (len(config.stages) - 1, len(config.stages))
+    )
+    tokens = context.inputs["tokenize"]
+    answer = measure(tokens, earlier, last, (old, new), config.evaluation.position_documents)
+    write_json(context.out / "long_context.json", answer)
+    if not answer["bands"]:
+        context.note(f"No held-out document has {new} tokens: the longer context was not judged by position.")
+        return {}
+    before, beyond = answer["bands"][-2:]
+    if before["change_low"] > 0:
+        context.note(f"The last stage raised the loss at positions before {old}.")
+    if beyond["change_high"] >= 0:
+        context.note(f"The last stage did not clearly lower the loss at positions beyond {old}.")
+    return {"position_nats_change_before": before["change"], "position_nats_change_beyond": beyond["change"]}
 
 
 def _check_lessons(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
