@@ -234,7 +234,18 @@ def twenty_one_b() -> Recipe:
     return _full_size("21b", presets.pretrain_config_21b())
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"nano": nano, "smoke": smoke, "4b": four_b, "21b": twenty_one_b}
+def twenty_one_b_slim() -> Recipe:
+    """The 21B's layers in small, on nano's data."""
+    return nano().model_copy(update={"name": "21b-slim", "pretrain": presets.pretrain_config_21b_slim()})
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "nano": nano,
+    "smoke": smoke,
+    "21b-slim": twenty_one_b_slim,
+    "4b": four_b,
+    "21b": twenty_one_b,
+}
 
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> Recipe:
