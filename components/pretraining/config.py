@@ -159,6 +159,12 @@ class PretrainConfig(StageConfig):
         default=1,
         description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too",
     )
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="neighbouring processes that share one copy of the experts; divides processes and experts",
+    )
     loss_chunk_tokens: int = Field(
         default=0,
         ge=0,

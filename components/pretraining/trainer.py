@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from components.artifacts import METRICS_NAME, StageContext, StageError
 from components.pretraining.batches import BatchSource, MicroBatch
+from components.pretraining.building import initial_model
 from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import PretrainConfig
 from components.pretraining.curriculum import StageSpan
@@ -96,13 +97,6 @@ def model_config(config: PretrainConfig, shards: TokenShards | None = None) -> S
     return result
 
 
-def initial_model(config: PretrainConfig, architecture: SmallThinkerConfig) -> SmallThinkerForCausalLM:
-    """A freshly initialised model; the same weights for the same seed, without touching the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return SmallThinkerForCausalLM(architecture)
-
-
 class Trainer:
     """One process's part in a run.
 
@@ -136,8 +130,7 @@ class Trainer:
         self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
         self._record = RunRecord(context.scratch)
         self._metrics_path = context.out / METRICS_NAME
-        model = initial_model(config, self._architecture)
-        model.to(ranks.device)  # type: ignore[arg-type]
+        model = initial_model(config, self._architecture, ranks.device, ranks.dtype, ranks.mesh(config))
         self._engine = build_engine(model, config, ranks)
         self._entropy = RouterEntropy(self._engine.module)
         layout = Layout(

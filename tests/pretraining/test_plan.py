@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from components.pretraining import plan as planning
+from components.pretraining.building import initial_model
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.plan import describe, plan, preflight
 from components.pretraining.presets import (
@@ -16,7 +17,7 @@ from components.pretraining.presets import (
     pretrain_config_21b,
     pretrain_config_smoke,
 )
-from components.pretraining.trainer import initial_model, model_config
+from components.pretraining.trainer import model_config
 from tests.pretraining.factory import run_config
 
 
