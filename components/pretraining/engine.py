@@ -216,17 +216,6 @@ def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> 
     engine.module.config.rope_theta = config.stages[stage].rope_theta
 
 
-def master_weights(engine: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every trainable weight on the CPU, rounded once from the fp32 master weights (every rank takes part)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter.detach() if full is None else full).to("cpu", dtype, copy=True)
-    return weights
-
-
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
     engine.save_checkpoint(

@@ -54,6 +54,7 @@ def preload() -> None:
     import deepspeed  # type: ignore[import-untyped]  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
+    import components.pretraining.expert_parallel
     import components.pretraining.trainer  # noqa: F401
 
 
@@ -141,7 +142,9 @@ class Children:
         """One rank of a run, with torchrun's environment."""
         return self._fork(work, (dict(environment), request))
 
-    def run_ranks(self, world: int, target: Callable[..., None], *arguments: Any, limit_s: float = 120) -> None:
+    def run_ranks(
+        self, world: int, target: Callable[..., None], *arguments: Any, limit_s: float = 120
+    ) -> None:
         """``target(environment, *arguments)`` as ``world`` ranks that find each other; all must succeed."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from components.pretraining.batches import MicroBatch, document_ids
 from components.pretraining.building import initial_model
-from components.pretraining.config import PretrainConfig
+from components.pretraining.config import ModelPart, PretrainConfig
 from components.pretraining.engine import (
     Ranks,
     build_engine,
@@ -24,7 +25,8 @@ from components.pretraining.engine import (
     parameter_groups,
     save_engine,
 )
-from components.pretraining.mesh import official_parameter
+from components.pretraining.master_weights import MasterWeights, export_model
+from components.pretraining.mesh import Mesh, official_parameter
 from components.pretraining.telemetry import Layout, RouterEntropy, StepMeter, token_losses
 from components.pretraining.trainer import model_config
 from model import LoadBalance, SmallThinkerConfig, SmallThinkerForCausalLM
@@ -58,14 +60,13 @@ class Case:
 
 def config_of(case: Case) -> PretrainConfig:
     model = {**MODEL, "moe_num_primary_experts": EXPERTS, "vocab_size": VOCABULARY}
-    stages = [
-        {**stage, "context": CONTEXT, "sequences_per_step": BATCH} for stage in run_config()["stages"]
-    ]
+    stages = [{**stage, "context": CONTEXT, "sequences_per_step": BATCH} for stage in run_config()["stages"]]
     return PretrainConfig.model_validate(
         run_config(
             model={"preset": "nano", "overrides": model},
             stages=stages,
-            optimizer={"peak_lr": 1e-2, "warmup_steps": 4, "clip_norm": 0.1},
+            # AdamW divides by the gradient's size: where that is near eps, rounding noise would become a step.
+            optimizer={"peak_lr": 2e-3, "warmup_steps": 4, "clip_norm": 0.1, "eps": 1e-6},
             sequences_per_micro_batch=BATCH // (MICRO_STEPS * case.world),
             expert_parallel=case.expert_parallel,
             zero_stage=case.zero_stage,
@@ -80,11 +81,11 @@ def config_of(case: Case) -> PretrainConfig:
 @torch.no_grad()
 def skew(model: SmallThinkerForCausalLM) -> None:
     """A constant in the residual stream that draws every token to expert 0 and pushes it from experts 4 to 7."""
-    model.model.embed_tokens.weight[:, 0] = 1.0
+    model.model.embed_tokens.weight[:, 0] = 0.1
     for layer in model.model.layers:
         router = layer.block_sparse_moe.primary_router.weight
         router[:, 0] = 0.0
-        router[0, 0], router[4:, 0] = 5.0, -5.0
+        router[0, 0], router[4:, 0] = 1.0, -1.0
 
 
 def sequences(step: int) -> Tensor:
@@ -219,7 +220,66 @@ def train(case: Case, scratch: Path) -> dict[str, Any]:
             assert load_engine(engine, scratch / "saved") == {"step": step}
             entropy = RouterEntropy(engine.module)
     answer["parameters"] = _joined(engine, safe_get_full_fp32_param)
+    answer["exports"] = {
+        dtype: _exported_files(engine, ranks, config, answer["parameters"], scratch / str(dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     return answer
+
+
+def _exported_files(
+    engine: Any, ranks: Ranks, config: PretrainConfig, parameters: dict[str, Tensor], folder: Path
+) -> dict[str, bool]:
+    """Export by streaming, and save a whole model of the same weights: by file, whether the bytes are the same."""
+    dtype = getattr(torch, folder.name.removeprefix("torch."))
+    weights = MasterWeights(engine, ranks, ranks.mesh(config), dtype)
+    architecture = model_config(config)
+    if not ranks.is_first:
+        weights.take_part(architecture)
+        return {}
+    export_model(weights, architecture, dtype, folder / "streamed", max_shard_bytes=20_000)
+    whole = SmallThinkerForCausalLM(architecture)
+    whole.load_state_dict(
+        {name: value.to(dtype) for name, value in parameters.items()}, strict=False, assign=True
+    )
+    whole.tie_weights()
+    whole.save_pretrained(folder / "whole", max_shard_size=20_000)
+    names = {path.name for kind in ("streamed", "whole") for path in (folder / kind).iterdir()}
+    return {
+        name: (folder / "streamed" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+        for name in sorted(names)
+    }
+
+
+def build(environment: dict[str, str], answer: Path) -> None:
+    """Build the model for every place of several meshes, and one large enough to measure; write down what came out."""
+    os.environ.update(environment)
+    config = config_of(Case())
+    architecture = model_config(config)
+    built: dict[str, Any] = {"bf16 is fp32 rounded": []}
+    for size in (1, 2, 4):
+        parts: dict[str, list[Tensor]] = {}
+        for rank in range(size):
+            mesh = Mesh(rank + 4 - size, 4, size)
+            model = initial_model(config, architecture, mesh=mesh)
+            low = initial_model(config, architecture, dtype=torch.bfloat16, mesh=mesh)
+            assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
+            for (name, parameter), rounded in zip(model.named_parameters(), low.parameters(), strict=True):
+                built["bf16 is fp32 rounded"].append(torch.equal(parameter.to(torch.bfloat16), rounded))
+                if official_parameter(name) is not None:
+                    parts.setdefault(official_parameter(name) or "", []).append(parameter.detach())
+        built[f"ep {size}"] = {
+            name: torch.cat(tensors) if "experts" in name else tensors[0] for name, tensors in parts.items()
+        }
+    width = {"hidden_size": 512, "moe_ffn_hidden_size": 1024, "moe_num_primary_experts": 16}
+    large = model_config(
+        config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **width})})
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = initial_model(config, large)
+    built["model_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
+    built["peak_bytes"] = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    torch.save(built, answer)
 
 
 def work(environment: dict[str, str], cases: list[Case], scratch: Path) -> None:
