@@ -193,6 +193,16 @@ class PretrainConfig(StageConfig):
         description="a loss above this multiple of the recent median stops the run",
     )
 
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _check_zero_stage(cls, stage: Any) -> Any:
+        if stage == 3:
+            raise ValueError(
+                "ZeRO-3 is not supported, since the loss in chunks and the export read whole parameters; allowed are 1 "
+                "and 2, and expert_parallel is what spreads the weights"
+            )
+        return stage
+
     @model_validator(mode="after")
     def _check_schedule(self) -> PretrainConfig:
         steps = self.total_steps

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +36,7 @@ from tests.pretraining.factory import MODEL, run_config
 EXPERTS, CONTEXT, MICRO, VOCABULARY, EOS = 8, 16, 1, 96, 0
 STEPS, MICRO_STEPS, RANKS = 3, 2, 4
 BATCH = MICRO * MICRO_STEPS * RANKS
+WIDE = {"hidden_size": 512, "moe_ffn_hidden_size": 1024, "moe_num_primary_experts": 32}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,24 @@ def loss_of(model: Any, batch: MicroBatch, config: PretrainConfig, meter: StepMe
     return loss
 
 
+@torch.no_grad()
+def padded(model: Any, rank: int, world: int) -> Tensor:
+    """``[2, L, E]``: expert counts and active neurons of an evaluation in which every other row has padding."""
+    rows = sequences(99)
+    documents = document_ids(rows, EOS)
+    for row in range(0, BATCH, 2):
+        documents[row, CONTEXT - 3 - row :] = -1
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    was_training = model.training
+    out = model.eval()(input_ids=rows[mine], document_ids=documents[mine], use_cache=False)
+    model.train(was_training)
+    assert out.router_stats.tokens == int((documents[mine] >= 0).sum())
+    figures = torch.stack([out.router_stats.expert_counts, out.router_stats.active_neurons_by_expert])
+    if world > 1:
+        torch.distributed.all_reduce(figures)
+    return figures
+
+
 def reference(case: Case) -> dict[str, Any]:
     """One process, plain torch: no DeepSpeed, no engine of ours."""
     config = config_of(replace(case, world=1, expert_parallel=1))
@@ -145,7 +165,7 @@ def reference(case: Case) -> dict[str, Any]:
         StepMeter(layout_of(architecture), Ranks(0, 1, torch.device("cpu"))),
         RouterEntropy(model),
     )
-    answer: dict[str, Any] = {"gradients": [], "norms": [], "meters": []}
+    answer: dict[str, Any] = {"gradients": [], "norms": [], "meters": [], "padded": padded(model, 0, 1)}
     model.train()
     for step in range(STEPS):
         meter.reset()
@@ -200,6 +220,7 @@ def train(case: Case, scratch: Path) -> dict[str, Any]:
     meter = StepMeter(layout_of(engine.module.config), ranks)
     entropy = RouterEntropy(engine.module)
     answer: dict[str, Any] = {"case": asdict(case), "gradients": [], "norms": [], "meters": []}
+    answer["padded"] = padded(engine.module, ranks.rank, ranks.world)
     for step in range(STEPS):
         engine.train()
         meter.reset()
@@ -225,6 +246,33 @@ def train(case: Case, scratch: Path) -> dict[str, Any]:
         for dtype in (torch.float32, torch.bfloat16)
     }
     return answer
+
+
+def _status_bytes(key: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def export_memory(environment: dict[str, str], case: Case, folder: Path, max_shard_bytes: int) -> None:
+    """Export a model of 404 MB (fp32) from two ranks; each writes down what that took."""
+    os.environ.update(environment)
+    config = config_of(case)
+    config = config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **WIDE})})
+    architecture, ranks = model_config(config), join_processes(config)
+    model = initial_model(config, architecture, ranks.device, ranks.dtype, ranks.mesh(config))
+    engine = build_engine(model, config, ranks)
+    gc.collect()
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    weights = MasterWeights(engine, ranks, ranks.mesh(config), ranks.dtype)
+    if ranks.is_first:
+        export_model(weights, architecture, ranks.dtype, folder / "model", max_shard_bytes)
+    else:
+        weights.take_part(architecture)
+    (folder / f"rank{ranks.rank}").write_text(str(_status_bytes("VmHWM") - before))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def _exported_files(
@@ -271,9 +319,8 @@ def build(environment: dict[str, str], answer: Path) -> None:
         built[f"ep {size}"] = {
             name: torch.cat(tensors) if "experts" in name else tensors[0] for name, tensors in parts.items()
         }
-    width = {"hidden_size": 512, "moe_ffn_hidden_size": 1024, "moe_num_primary_experts": 16}
     large = model_config(
-        config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **width})})
+        config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **WIDE})})
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = initial_model(config, large)

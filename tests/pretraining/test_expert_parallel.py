@@ -14,7 +14,17 @@ from components.artifacts import StageError
 from components.pretraining.mesh import Mesh, official_parameter
 from components.pretraining.trainer import model_config
 from tests.pretraining.children import Children
-from tests.pretraining.mesh_job import EXPERTS, STEPS, Case, build, config_of, layout_of, reference, work
+from tests.pretraining.mesh_job import (
+    EXPERTS,
+    STEPS,
+    Case,
+    build,
+    config_of,
+    export_memory,
+    layout_of,
+    reference,
+    work,
+)
 
 TOLERANCE = 1e-6
 PER_MICRO_STEP = ("ce", "load_balance", "router_z", "router_entropy")
@@ -51,6 +61,7 @@ def assert_equals_one_process(case: Case, answer: dict[str, Any]) -> None:
     assert answer["parameters"].keys() == one["parameters"].keys()
     for name, parameter in one["parameters"].items():
         assert distance(answer["parameters"][name], parameter) < TOLERANCE, (case, name)
+    assert torch.equal(answer["padded"], one["padded"]), case
     slices = layout_of(model_config(config_of(case))).slices
     for found, expected in zip(answer["meters"], one["meters"], strict=True):
         for name, at in slices.items():
@@ -126,6 +137,17 @@ def test_every_mesh(tmp_path: Path, children: Children, world: int, routing: str
     for case, answer in zip(cases, run(children, tmp_path, *cases), strict=True):
         assert_equals_one_process(case, answer)
         assert_exports_are_those_of_a_whole_model(answer)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_an_export_holds_one_file(tmp_path: Path, children: Children, expert_parallel: int) -> None:
+    """Files of at most 30 MB: the first rank needs one in memory, twice where it is written; the other nothing."""
+    children.run_ranks(2, export_memory, Case(2, expert_parallel), tmp_path, 30_000_000)
+    written = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert written > 400e6
+    first, second = (int((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
+    assert first < 90e6 and second < 15e6
 
 
 def test_building(tmp_path: Path, children: Children) -> None:
