@@ -140,6 +140,20 @@ def test_every_mesh(tmp_path: Path, children: Children, world: int, routing: str
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_mesh_in_bf16(tmp_path: Path, children: Children, world: int) -> None:
+    cases = [
+        Case(world, size, zero_stage, checkpointing=True, precision="bf16")
+        for size in (1, 2, 4)
+        if size <= world
+        for zero_stage in (1, 2)
+    ]
+    for answer in run(children, tmp_path, *cases):
+        assert_bf16_follows_fp32(answer)
+        assert_exports_are_those_of_a_whole_model(answer)
+
+
+@pytest.mark.campaign
 @pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_an_export_holds_one_file(tmp_path: Path, children: Children, expert_parallel: int) -> None:
     """Files of at most 30 MB: the first rank needs one in memory, twice where it is written; the other nothing."""

@@ -173,11 +173,12 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_torchrun_passes_signals_on_and_two_processes_train_like_one(
-    tmp_path: Path, tokens: Path, children: Children
+    tmp_path: Path, tokens: Path, children: Children, expert_parallel: int
 ) -> None:
     """Half a minute: two starts of torchrun."""
-    out, config = tmp_path / "two", several(2, steps=40)
+    out, config = tmp_path / "two", several(2, steps=40, expert_parallel=expert_parallel)
     child = children.start(tokens, out, config)
     child.freeze_when(lambda: logged(out) >= 3)  # torchrun and its workers go on
     child.signal(signal.SIGTERM)
