@@ -174,7 +174,8 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         backend = self.backend
         if backend == "auto":
-            backend = "grouped" if m_TD.is_cuda else "loop"
+            # A rank to which no row was sent (expert parallelism) has nothing to give to the grouped kernel.
+            backend = "grouped" if m_TD.is_cuda and experts_TK.numel() else "loop"
         if backend == "dense":
             return self._dense(m_TD, weights_TK, experts_TK, valid_T)
         flat_R = experts_TK.reshape(-1)

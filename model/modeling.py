@@ -11,7 +11,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.generic import ModelOutput
 
 from model.attention import Attention, RMSNorm, RotaryEmbedding
-from model.checkpoint import parse_size, warn_untied, write_checkpoint
+from model.checkpoint import OfficialTensor, parse_size, warn_untied, write_checkpoint
 from model.configuration import SmallThinkerConfig
 from model.experts import Backend, Experts, Router, count_experts
 from model.losses import (
@@ -366,6 +366,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
         state_dict: dict[str, Tensor] | None = None,
         push_to_hub: bool = False,
         max_shard_size: int | str = "5GB",
+        read: Callable[[OfficialTensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the official layout: ``config.json``, ``generation_config.json`` and safetensors.
@@ -379,6 +380,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             state_dict: parameters under their names in memory, instead of the model's own.
             push_to_hub: not supported.
             max_shard_size: largest file, in bytes or as ``"5GB"``.
+            read: returns an official tensor, asked for one at a time in the order of the layout, instead of the
+                model's own parameters (which may then lie on the meta device); the files' dtype is the config's.
             **kwargs: other arguments of the inherited method, which do not apply here.
         """
         if push_to_hub:
@@ -387,18 +390,20 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        parameters = self.state_dict() if state_dict is None else state_dict
-        self.config.dtype = parameters["model.norm.weight"].dtype
+        if read is None:
+            parameters = self.state_dict() if state_dict is None else state_dict
+            self.config.dtype = parameters["model.norm.weight"].dtype
+            tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+
+            def read(entry: OfficialTensor) -> Tensor:
+                return entry.view(parameters[tied.get(entry.parameter, entry.parameter)])
+
         self.config.save_pretrained(folder)
         if self.generation_config is not None:
             self.generation_config.save_pretrained(folder)
-        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+        assert isinstance(self.config.dtype, torch.dtype)
         write_checkpoint(
-            folder,
-            self.config,
-            lambda entry: entry.view(parameters[tied.get(entry.parameter, entry.parameter)]),
-            self.config.dtype,
-            max_shard_bytes=parse_size(max_shard_size),
+            folder, self.config, read, self.config.dtype, max_shard_bytes=parse_size(max_shard_size)
         )
 
     def set_attention_backend(self, backend: AttentionBackend) -> None:

@@ -159,6 +159,12 @@ class PretrainConfig(StageConfig):
         default=1,
         description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too",
     )
+    expert_parallel: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="neighbouring processes that share one copy of the experts; divides processes and experts",
+    )
     loss_chunk_tokens: int = Field(
         default=0,
         ge=0,
@@ -186,6 +192,16 @@ class PretrainConfig(StageConfig):
         le=100.0,
         description="a loss above this multiple of the recent median stops the run",
     )
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _check_zero_stage(cls, stage: Any) -> Any:
+        if stage == 3:
+            raise ValueError(
+                "ZeRO-3 is not supported, since the loss in chunks and the export read whole parameters; allowed are 1 "
+                "and 2, and expert_parallel is what spreads the weights"
+            )
+        return stage
 
     @model_validator(mode="after")
     def _check_schedule(self) -> PretrainConfig:

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore
 from components.artifacts import StageError
 from components.pretraining.batches import accumulation_steps
 from components.pretraining.config import PretrainConfig
+from components.pretraining.mesh import Mesh
 
 if TYPE_CHECKING:
     from model import SmallThinkerForCausalLM
@@ -38,6 +39,15 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process writes what is written once."""
         return self.rank == 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working dtype of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def mesh(self, config: PretrainConfig) -> Mesh:
+        """This process's place in the mesh that ``config`` asks for."""
+        return Mesh(self.rank, self.world, config.expert_parallel)
 
 
 def choose_device(config: PretrainConfig) -> str:
@@ -112,17 +122,25 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     """Matrices of attention, router and experts decay; norms, embeddings and the output matrix do not.
 
     Decay bounds the scale of matrices whose output is normalised. An embedding row of a rare token gets gradients
-    seldom, and decay would shrink it in between.
+    seldom, and decay would shrink it in between. Experts of which this rank holds a part form groups of their own:
+    ZeRO partitions them over fewer ranks.
     """
     decayed: list[torch.nn.Parameter] = []
     free: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_table = "embed_tokens" in name or "lm_head" in name
         (free if parameter.ndim < 2 or is_table else decayed).append(parameter)
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": weight_decay, "name": "decayed"},
         {"params": free, "weight_decay": 0.0, "name": "free"},
     ]
+    if any(not getattr(parameter, "allreduce", True) for parameter in decayed):
+        from deepspeed.moe.utils import (  # type: ignore[import-untyped]
+            split_params_into_different_moe_groups_for_optimizer,
+        )
+
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+    return groups
 
 
 def _quieten() -> None:
@@ -134,6 +152,11 @@ def _quieten() -> None:
 
 def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
     """Wrap the model into a DeepSpeed engine with AdamW.
+
+    Args:
+        model: on its device, its experts sharded where ``config`` asks for expert parallelism.
+        config: the recipe's part.
+        ranks: this process's place.
 
     Returns:
         ``deepspeed.DeepSpeedEngine``.
@@ -191,17 +214,6 @@ def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> 
     engine.set_train_micro_batch_size(micro)
     engine.set_train_batch_size(config.stages[stage].sequences_per_step)
     engine.module.config.rope_theta = config.stages[stage].rope_theta
-
-
-def master_weights(engine: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every trainable weight on the CPU, rounded once from the fp32 master weights (every rank takes part)."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter.detach() if full is None else full).to("cpu", dtype, copy=True)
-    return weights
 
 
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:

@@ -142,13 +142,26 @@ class HeldOut:
                 )
         return batches
 
+    def _score(self, model: Any, windows: Int64s, first_B: Int64s, ranks: Ranks) -> tuple[Any, float]:
+        """One forward pass: the model's output, and the nats of the scored tokens."""
+        ids_BT = torch.from_numpy(windows).to(ranks.device)
+        inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
+        out = model(input_ids=inputs_BT, document_ids=document_ids(inputs_BT, self._eos_id), use_cache=False)
+        losses_BT = F.cross_entropy(
+            out.logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
+        ).view(targets_BT.shape)
+        positions_T = torch.arange(1, ids_BT.shape[1], device=ranks.device)
+        counts_BT = positions_T[None] >= torch.from_numpy(first_B).to(ranks.device)[:, None]
+        return out, float((losses_BT.double() * counts_BT).sum())
+
     @torch.no_grad()
     def evaluate(
         self, model: Any, context: int, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False
     ) -> Scores | None:
         """Score the model with windows of ``context`` tokens; ``None`` when ``should_stop`` said so.
 
-        The forward passes are dealt out to the ranks and the sums pooled, so every rank returns the same scores.
+        The forward passes are dealt out to the ranks, as many to each, and the sums pooled, so every rank returns the
+        same scores.
         """
         config = model.config
         layers, experts = config.num_hidden_layers, config.moe_num_primary_experts
@@ -162,24 +175,22 @@ class HeldOut:
             for category, name in enumerate(CATEGORIES):
                 if name not in self.streams:
                     continue
-                for number, (windows, first_B) in enumerate(self._batches(name, context)):
+                batches = self._batches(name, context)
+                for first in range(0, len(batches), ranks.world):
                     if should_stop():
                         return None
-                    if number % ranks.world != ranks.rank:
-                        continue
-                    ids_BT = torch.from_numpy(windows).to(ranks.device)
-                    inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-                    out = model(
-                        input_ids=inputs_BT,
-                        document_ids=document_ids(inputs_BT, self._eos_id),
-                        use_cache=False,
-                    )
-                    losses_BT = F.cross_entropy(
-                        out.logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-                    ).view(targets_BT.shape)
-                    positions_T = torch.arange(1, ids_BT.shape[1], device=ranks.device)
-                    counts_BT = positions_T[None] >= torch.from_numpy(first_B).to(ranks.device)[:, None]
-                    nats_C[category] += float((losses_BT.double() * counts_BT).sum())
+                    number = first + ranks.rank
+                    if number < len(batches):
+                        out, nats = self._score(model, *batches[number], ranks)
+                        nats_C[category] += nats
+                    else:
+                        # Ranks that share experts exchange rows in every layer: one without a batch joins with padding.
+                        padding_BT = torch.full((1, 2), self._eos_id, device=ranks.device)
+                        out = model(
+                            input_ids=padding_BT,
+                            document_ids=torch.full_like(padding_BT, -1),
+                            use_cache=False,
+                        )
                     chosen_CLE[category] += out.router_stats.expert_counts.double().cpu()
                     active_LE += out.router_stats.active_neurons_by_expert.double().cpu()
                     seen_C[category] += out.router_stats.tokens

@@ -19,12 +19,14 @@ from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.curriculum import Curriculum
 from components.pretraining.flops import active_parameters, training_flops_per_token
+from components.pretraining.mesh import Mesh
 
 if TYPE_CHECKING:
     from model import SmallThinkerConfig
 
 _GB = 1e9
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce bucket, in elements
+_IMBALANCE = 2.0  # [ours] rows of the fullest rank over the mean, where experts lie on several ranks
 _RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowance
 
 
@@ -48,17 +50,20 @@ class Plan:
     """A run in figures; ``render()`` says them.
 
     Attributes:
-        gpus: data-parallel processes counted on.
+        gpus: processes counted on, one per GPU.
+        expert_parallel: of them, those that share one copy of the experts.
         parameters, active: all parameters, and those that act on a token without the vocabulary's matrices.
         memory_bytes: of one process, by part.
         memory_limit_bytes: of one GPU.
         stages: per curriculum stage.
         flops: of the whole run.
-        days: of the whole run at ``mfu``.
+        days: of the whole run at ``mfu``; the all-to-all of expert parallelism is not counted.
+        exchanged_bytes: that a process sends per token in all-to-alls, over all layers and passes.
     """
 
     model: str
     gpus: int
+    expert_parallel: int
     zero_stage: int
     precision: str
     parameters: int
@@ -68,6 +73,7 @@ class Plan:
     stages: tuple[StagePlan, ...]
     flops: float
     days: float
+    exchanged_bytes: float
     mfu: float
     peak_tflops: float
     problems: tuple[str, ...]
@@ -83,8 +89,9 @@ class Plan:
         lines = [
             f"model       {self.model}: {self.parameters:,} parameters, {self.active:,} active per token "
             "(vocabulary matrices apart)",
-            f"mesh        {self.gpus} data-parallel processes, ZeRO-{self.zero_stage}, {self.precision}; "
-            "expert parallelism 1",
+            f"mesh        {self.gpus} processes, each expert on {self.gpus // self.expert_parallel} of them "
+            f"(expert parallelism {self.expert_parallel}), everything else on all; ZeRO-{self.zero_stage}, "
+            f"{self.precision}",
             f"memory      {total / _GB:.1f} GB of {self.memory_limit_bytes / _GB:.0f} GB per GPU",
             *(f"  {name:<26}{size / _GB:8.2f} GB" for name, size in self.memory_bytes.items()),
             f"tokens      {self.tokens:.4g} in {sum(s.steps for s in self.stages):,} steps",
@@ -99,6 +106,12 @@ class Plan:
             f"compute     {self.flops:.3g} FLOPs (recomputation not counted); "
             f"{self.days:.1f} days at {self.mfu:.0%} of {self.peak_tflops:g} TFLOP/s on {self.gpus} GPUs"
         )
+        if self.exchanged_bytes and self.days:
+            rate = self.exchanged_bytes * self.tokens / (self.days * 86_400 * self.gpus)
+            lines.append(
+                f"all-to-all  {self.exchanged_bytes / 1e6:.1f} MB sent per token, {rate / _GB:.0f} GB/s per GPU at "
+                "that speed; its time is not counted"
+            )
         lines += [f"problem     {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -115,38 +128,68 @@ def count_parameters(model: SmallThinkerConfig) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def count_expert_parameters(model: SmallThinkerConfig) -> int:
+    """The parameters of all experts of all layers."""
+    matrices = 3 * model.moe_num_primary_experts * model.num_hidden_layers
+    return matrices * model.hidden_size * model.moe_ffn_hidden_size
+
+
+def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig) -> float:
+    """Bytes per token that leave a process: rows to their experts and back, forward, backward and recomputed."""
+    elsewhere = 1.0 - 1.0 / config.expert_parallel
+    passes = 6 if config.activation_checkpointing else 4
+    width_bytes = 4 if config.precision == "fp32" else 2
+    row_bytes = model.hidden_size * width_bytes
+    return elsewhere * passes * model.moe_num_active_primary_experts * row_bytes * model.num_hidden_layers
+
+
 def memory_by_part(
     model: SmallThinkerConfig, config: PretrainConfig, parameters: int, processes: int
 ) -> dict[str, float]:
     """Estimated bytes per process and part, at the stage that needs most.
 
-    Weights and gradients in the working dtype, fp32 master weights and two Adam moments sharded (ZeRO-1), gradients
-    sharded too beyond one reduce bucket (ZeRO-2). Activations: with checkpointing one residual stream per layer and one
-    layer's working set; without, every layer's. The head holds its logits, their fp32 copy and its gradient.
+    A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
+    master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2): the
+    experts' over the processes that hold the same ones, all others over all processes. Activations: with checkpointing
+    one residual stream per layer and one layer's working set; without, every layer's. The head holds its logits, their
+    fp32 copy and its gradient.
+
+    Args:
+        model: the architecture.
+        config: the recipe's part.
+        parameters: of the whole model.
+        processes: of the run.
     """
     width_bytes = 4 if config.precision == "fp32" else 2
-    shards = max(1, processes)
+    size = config.expert_parallel
+    local_experts = count_expert_parameters(model) / size
+    dense = parameters - count_expert_parameters(model)
+    held = dense + local_experts
+    sharded = dense / max(1, processes) + local_experts / max(1.0, processes / size)
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
-    bucket = min(parameters, _BUCKET_ELEMENTS) * width_bytes
-    gradients = parameters * width_bytes
+    bucket = min(held, _BUCKET_ELEMENTS) * width_bytes
+    gradients = held * width_bytes
     if config.zero_stage >= 2:
-        gradients = gradients // shards + 2 * bucket
+        gradients = sharded * width_bytes + 2 * bucket
     heads = model.num_attention_heads * model.head_dim
-    routed = model.moe_num_active_primary_experts * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size)
-    layer_bytes = tokens * (6 * model.hidden_size + 4 * heads + routed) * width_bytes
+    crowding = 1.0 if size == 1 else min(float(size), _IMBALANCE)
+    rows = tokens * model.moe_num_active_primary_experts
+    routed_bytes = crowding * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
+    exchange_bytes = 0.0 if size == 1 else 2.0 * rows * model.hidden_size * width_bytes
+    layer_bytes = tokens * (6 * model.hidden_size + 4 * heads) * width_bytes + routed_bytes
     residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
     layers = model.num_hidden_layers
     logits = min(tokens, config.loss_chunk_tokens or tokens) * model.vocab_size * (2 * width_bytes + 8)
     activations = residual_bytes + layer_bytes if config.activation_checkpointing else layer_bytes * layers
     parts = {
-        "weights": float(parameters * width_bytes),
+        "weights": float(held * width_bytes),
         "gradients": float(gradients),
-        "master weights and moments": parameters * 12.0 / shards
-        if width_bytes == 2
-        else parameters * 8.0 / shards,
+        "master weights and moments": sharded * (12.0 if width_bytes == 2 else 8.0),
         "activations": float(activations),
         "logits and their gradient": float(logits),
     }
+    if size > 1:
+        parts["all-to-all buffers"] = exchange_bytes * (1 if config.activation_checkpointing else layers)
     if config.hardware.gpus:
         parts["CUDA, NCCL, fragmentation"] = _RESERVE_BYTES
     return parts
@@ -166,6 +209,10 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
     memory = memory_by_part(model, config, parameters, processes)
     limit = hardware.gpu_memory_gb * _GB
     problems: list[str] = []
+    try:
+        Mesh(0, processes, config.expert_parallel).check(model.moe_num_primary_experts)
+    except StageError as error:
+        problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
         spec, micro = span.spec, config.micro_batch(span.index)
@@ -197,6 +244,7 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
     return Plan(
         model=config.model.preset,
         gpus=processes,
+        expert_parallel=config.expert_parallel,
         zero_stage=config.zero_stage,
         precision=config.precision,
         parameters=parameters,
@@ -206,6 +254,7 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         stages=tuple(stages),
         flops=sum(stage.tokens * stage.flops_per_token for stage in stages),
         days=sum(stage.days for stage in stages),
+        exchanged_bytes=exchanged_bytes_per_token(model, config),
         mfu=hardware.assumed_mfu,
         peak_tflops=hardware.peak_tflops,
         problems=tuple(problems),

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from components.artifacts import METRICS_NAME, StageContext, StageError
 from components.pretraining.batches import BatchSource, MicroBatch
+from components.pretraining.building import initial_model
 from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import PretrainConfig
 from components.pretraining.curriculum import StageSpan
@@ -29,13 +30,13 @@ from components.pretraining.engine import (
     build_engine,
     enter_stage,
     load_engine,
-    master_weights,
     save_engine,
 )
 from components.pretraining.flops import training_flops_per_token
 from components.pretraining.head_loss import fused_token_losses, token_losses
 from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
 from components.pretraining.interruption import Interruption
+from components.pretraining.master_weights import MasterWeights, export_model
 from components.pretraining.progress import RunRecord, align_metrics, evaluation_metrics, flush_to_disk
 from components.pretraining.telemetry import (
     Interval,
@@ -45,7 +46,7 @@ from components.pretraining.telemetry import (
     StepMeter,
 )
 from components.tokenization import TokenShards
-from model import PRESETS, ConfigError, SmallThinkerConfig, SmallThinkerForCausalLM, preset
+from model import PRESETS, ConfigError, SmallThinkerConfig, preset
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -96,13 +97,6 @@ def model_config(config: PretrainConfig, shards: TokenShards | None = None) -> S
     return result
 
 
-def initial_model(config: PretrainConfig, architecture: SmallThinkerConfig) -> SmallThinkerForCausalLM:
-    """A freshly initialised model; the same weights for the same seed, without touching the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return SmallThinkerForCausalLM(architecture)
-
-
 class Trainer:
     """One process's part in a run.
 
@@ -136,8 +130,7 @@ class Trainer:
         self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
         self._record = RunRecord(context.scratch)
         self._metrics_path = context.out / METRICS_NAME
-        model = initial_model(config, self._architecture)
-        model.to(ranks.device)  # type: ignore[arg-type]
+        model = initial_model(config, self._architecture, ranks.device, ranks.dtype, ranks.mesh(config))
         self._engine = build_engine(model, config, ranks)
         self._entropy = RouterEntropy(self._engine.module)
         layout = Layout(
@@ -363,22 +356,19 @@ class Trainer:
         if self._agree(target.is_dir()):
             return
         dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
-        weights = master_weights(self._engine, dtype)
+        weights = MasterWeights(self._engine, self._ranks, self._ranks.mesh(self._config), dtype)
+        architecture = copy.deepcopy(self._architecture)
+        architecture.rope_theta = span.spec.rope_theta
         if self._ranks.is_first:
             draft = self._context.scratch / f"export-{span.name}"
             shutil.rmtree(draft, ignore_errors=True)
-            architecture = copy.deepcopy(self._architecture)
-            architecture.rope_theta = span.spec.rope_theta
-            architecture.dtype = dtype
-            with torch.device("meta"):
-                model = SmallThinkerForCausalLM(architecture)
-            model.load_state_dict(weights, strict=False, assign=True)
-            model.tie_weights()
-            model.save_pretrained(draft)
+            export_model(weights, architecture, dtype, draft)
             for path in sorted(self._tokenizer_folder.iterdir()):
                 if path.is_file():
                     shutil.copyfile(path, draft / path.name)
             draft.rename(target)
+        else:
+            weights.take_part(architecture)
         self._barrier()
 
     def _agree(self, answer: bool) -> bool:

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def preload() -> None:
     import deepspeed  # type: ignore[import-untyped]  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
+    import components.pretraining.expert_parallel
     import components.pretraining.trainer  # noqa: F401
 
 
@@ -139,6 +141,35 @@ class Children:
     def start_rank(self, environment: Mapping[str, str], request: Path) -> ForkServerProcess:
         """One rank of a run, with torchrun's environment."""
         return self._fork(work, (dict(environment), request))
+
+    def run_ranks(
+        self, world: int, target: Callable[..., None], *arguments: Any, limit_s: float = 120
+    ) -> None:
+        """``target(environment, *arguments)`` as ``world`` ranks that find each other; all must succeed."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        ranks = [
+            self._fork(target, ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments))
+            for rank in range(world)
+        ]
+        until = time.monotonic() + limit_s
+        while any(process.is_alive() for process in ranks) and time.monotonic() < until:
+            if any(process.exitcode for process in ranks):  # the others wait for it in a collective
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        assert codes == [0] * world, f"exit codes of the ranks: {codes}"
 
     def close(self) -> None:
         """End what a failed test left behind."""

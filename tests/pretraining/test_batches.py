@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 
 from components.artifacts import StageError
 from components.pretraining.batches import document_ids, held_out_windows
+from components.pretraining.building import initial_model
 from components.pretraining.config import EvaluationPart, PretrainConfig
 from components.pretraining.engine import Ranks
 from components.pretraining.heldout import HeldOut, token_bytes
-from components.pretraining.trainer import initial_model, model_config
+from components.pretraining.trainer import model_config
 from components.tokenization import TokenShards
 from tests.pretraining.factory import HELD_OUT_DOCUMENTS, VOCABULARY, run_config, texts
 

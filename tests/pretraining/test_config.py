@@ -57,6 +57,8 @@ def stages(**first: Any) -> dict[str, Any]:
         (run_config(stages=[stage_config()] * 2), ("stages", "at least 3")),
         (run_config(precision="fp16"), ("precision = 'fp16'", "'auto', 'fp32' or 'bf16'")),
         (run_config(spike_ratio=1.0), ("spike_ratio = 1.0", "greater than 1")),
+        (run_config(zero_stage=3), ("zero_stage = 3", "ZeRO-3 is not supported", "allowed are 1 and 2")),
+        (run_config(expert_parallel=0), ("expert_parallel = 0", "greater than or equal to 1")),
         (run_config(sede=1), ("sede = 1", "not permitted")),
         (run_config(optimizer={"peak_lr": float("nan")}), ("optimizer.peak_lr = nan", "Input should be")),
         (run_config(model={"preset": "nona"}), ("model.preset = 'nona'", "'nano', '4b', '4b-hybrid' or '21b'")),

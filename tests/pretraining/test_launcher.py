@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from components.pretraining.config import PretrainConfig
 from components.pretraining.launcher import launch_command
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
-from tests.pretraining.test_training import lines, logged, saved
+from tests.pretraining.test_training import NOISE, lines, logged, saved
 
 REQUEST = Path("/shared/request.json")
 STEPS = 2
@@ -63,7 +65,7 @@ def assert_same_losses(out: Path, one: Path) -> None:
     assert [row["step"] for row in found] == [row["step"] for row in wanted]
     for row, expected in zip(found, wanted, strict=True):
         for name, value in expected["metrics"].items():
-            if name.startswith(("train/", "heldout")):
+            if not name.startswith(NOISE):
                 assert row["metrics"][name] == pytest.approx(value, rel=1e-5, abs=1e-5), (row["step"], name)
 
 
@@ -99,15 +101,49 @@ def run_ranks(children: Children, request: Path, world: int) -> tuple[list[int |
     return [process.exitcode for process in ranks], answer
 
 
-def test_two_ranks_train_like_one_process(tmp_path: Path, tokens: Path, children: Children) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tokens: Path, children: Children) -> Path:
+    """The run of :func:`several` by one process."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    children.run(tokens, out, several(1))
+    return out
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_two_ranks_train_like_one_process(
+    tmp_path: Path, tokens: Path, children: Children, alone: Path, expert_parallel: int
+) -> None:
     """Pooled expert counts make even the load-balance loss of two ranks that of one."""
-    request = write_request(tmp_path / "two", tokens, several(2))
+    out = tmp_path / "two"
+    request = write_request(out, tokens, several(2, expert_parallel=expert_parallel))
     codes, answer = run_ranks(children, request, 2)
     assert codes == [0, 0] and "error" not in answer
     assert "Trained in fp32 on 2 x cpu." in answer["notes"]
-    assert saved(tmp_path / "two") == [5, 6]
-    children.run(tokens, tmp_path / "one", several(1))
-    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert saved(out) == [5, 6]
+    assert_same_losses(out, alone)
+    found, wanted = (
+        json.loads((folder / ".work" / "evaluations.json").read_text()) for folder in (out, alone)
+    )
+    assert found.keys() == wanted.keys() and len(found) == 7
+    for name in found:
+        assert found[name]["tokens"] == wanted[name]["tokens"], name
+        for kind in ("expert_frequency", "neuron_sparsity"):
+            if name != "bigram":
+                figures, expected = (
+                    torch.tensor(record[name]["activations"][kind]) for record in (found, wanted)
+                )
+                assert torch.allclose(figures, expected, rtol=0, atol=1e-3), (name, kind)
+    for stage in ("stage1", "stage2", "stage3"):
+        weights, expected = (load_file(folder / stage / "model.safetensors") for folder in (out, alone))
+        assert weights.keys() == expected.keys()
+        for name, value in expected.items():
+            assert float((weights[name] - value).norm() / value.norm()) < 1e-3, (stage, name)
+
+
+def test_a_mesh_that_cannot_be_is_named(tmp_path: Path, tokens: Path, children: Children) -> None:
+    config = run_config(expert_parallel=2)
+    answer = children.run(tokens, tmp_path / "out", config)
+    assert "expert_parallel is 2; it must divide the number of processes, which is 1" in answer["error"]
 
 
 def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
@@ -121,7 +157,7 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
         # Routers that discriminate from the start.
         "model": {"preset": "nano", "overrides": {**MODEL, "initializer_range": 0.3}},
     }
-    request = write_request(tmp_path / "two", tokens, several(2, **values))
+    request = write_request(tmp_path / "two", tokens, several(2, expert_parallel=2, **values))
     codes, answer = run_ranks(children, request, 2)
     assert codes == [0, 0] and "error" not in answer
     in_micro_steps = {**several(1, **values), "sequences_per_micro_batch": 2}
@@ -137,11 +173,12 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_torchrun_passes_signals_on_and_two_processes_train_like_one(
-    tmp_path: Path, tokens: Path, children: Children
+    tmp_path: Path, tokens: Path, children: Children, expert_parallel: int
 ) -> None:
     """Half a minute: two starts of torchrun."""
-    out, config = tmp_path / "two", several(2, steps=40)
+    out, config = tmp_path / "two", several(2, steps=40, expert_parallel=expert_parallel)
     child = children.start(tokens, out, config)
     child.freeze_when(lambda: logged(out) >= 3)  # torchrun and its workers go on
     child.signal(signal.SIGTERM)

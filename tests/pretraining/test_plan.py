@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from components.pretraining import plan as planning
+from components.pretraining.building import initial_model
 from components.pretraining.config import HardwarePart, PretrainConfig
-from components.pretraining.plan import describe, plan, preflight
+from components.pretraining.plan import describe, memory_by_part, plan, preflight
 from components.pretraining.presets import (
     PRESETS,
     pretrain_config_4b,
     pretrain_config_21b,
     pretrain_config_smoke,
 )
-from components.pretraining.trainer import initial_model, model_config
+from components.pretraining.trainer import model_config
 from tests.pretraining.factory import run_config
 
 
@@ -86,6 +87,53 @@ def test_more_gpus_need_fewer_days_and_less_memory() -> None:
     few, many = (plan(model_config(config), config, HardwarePart(gpus=gpus)) for gpus in (64, 128))
     assert few.days == pytest.approx(2 * many.days) and few.flops == many.flops
     assert sum(few.memory_bytes.values()) > sum(many.memory_bytes.values())
+
+
+def test_experts_are_shared_and_all_else_is_not() -> None:
+    """Sums over a real model's tensors, by what each process of the mesh holds."""
+    config = PretrainConfig.model_validate(run_config(precision="bf16", zero_stage=1))
+    architecture = model_config(config)
+    sizes = {name: p.numel() for name, p in initial_model(config, architecture).named_parameters()}
+    experts = sum(size for name, size in sizes.items() if "experts" in name)
+    dense = sum(sizes.values()) - experts
+    processes, shared = 8, 4
+    parallel = config.model_copy(update={"expert_parallel": shared})
+    found = memory_by_part(architecture, parallel, dense + experts, processes)
+    assert found["weights"] == found["gradients"] == 2 * (dense + experts / shared)
+    # The experts' state is partitioned over the two processes that hold the same ones, the rest over all eight.
+    assert found["master weights and moments"] == 12 * (dense / 8 + experts / shared / 2)
+    alone = memory_by_part(architecture, config, dense + experts, processes)
+    assert alone["weights"] == 2 * (dense + experts) and "all-to-all buffers" not in alone
+    assert found["all-to-all buffers"] > 0 and found["activations"] > alone["activations"]
+    partitioned = parallel.model_copy(update={"zero_stage": 2})
+    assert (
+        memory_by_part(architecture, partitioned, dense + experts, processes)["gradients"]
+        != found["gradients"]
+    )
+
+
+def test_the_mesh_is_shown_and_an_impossible_one_is_a_problem() -> None:
+    config = pretrain_config_21b()
+    assert "256 processes, each expert on 32 of them (expert parallelism 8)" in describe(config)
+    # 52 layers x 6 experts x 2560 bf16 numbers, 6 times, 7 of 8 to another process.
+    assert plan(model_config(config), config).exchanged_bytes == 52 * 6 * 2560 * 2 * 6 * 7 / 8
+    assert "all-to-all  8.4 MB sent per token" in describe(config)
+    assert "all-to-all" not in describe(pretrain_config_4b())
+    for size, words in ((7, "number of processes, which is 256"), (128, "number of experts, which is 64")):
+        wrong = config.model_copy(update={"expert_parallel": size})
+        problems = plan(model_config(wrong), wrong).problems
+        assert any(
+            f"expert_parallel is {size}; it must divide the {words}" in problem for problem in problems
+        )
+
+
+def test_a_model_that_does_not_fit_without_expert_parallelism() -> None:
+    config = pretrain_config_21b()
+    small = HardwarePart(gpus=256, gpu_memory_gb=48.0)
+    assert plan(model_config(config), config, small).problems == ()
+    alone = config.model_copy(update={"expert_parallel": 1})
+    (problem,) = plan(model_config(alone), alone, small).problems
+    assert "65 GB per GPU are needed and 48 GB are there" in problem
 
 
 def test_preflight_names_missing_gpus() -> None:
