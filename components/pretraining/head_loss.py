@@ -29,7 +29,17 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def _losses_and_gradient(logits_rV: Tensor, labels_r: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses ``[r]`` in float32, and softmax minus one-hot ``[r, V]`` in the logits' dtype."""
+    """Losses ``[r]`` in float32, and softmax minus one-hot ``[r, V]`` in the logits' dtype; may overwrite these."""
+    wide_rV = logits_rV.float()
+    normaliser_r1 = torch.logsumexp(wide_rV, dim=1, keepdim=True)
+    losses_r = (normaliser_r1 - wide_rV.gather(1, labels_r[:, None]))[:, 0]
+    wide_rV.sub_(normaliser_r1).exp_()
+    wide_rV.scatter_add_(1, labels_r[:, None], wide_rV.new_full((len(labels_r), 1), -1.0))
+    return losses_r, wide_rV.to(logits_rV.dtype)
+
+
+def _as_one_kernel(logits_rV: Tensor, labels_r: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without writing in place, which compiles into one pass over the logits."""
     wide_rV = logits_rV.float()
     normaliser_r1 = torch.logsumexp(wide_rV, dim=1, keepdim=True)
     losses_r = (normaliser_r1 - wide_rV.gather(1, labels_r[:, None]))[:, 0]
@@ -40,9 +50,7 @@ def _losses_and_gradient(logits_rV: Tensor, labels_r: Tensor) -> tuple[Tensor, T
 
 @cache
 def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    compiled: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = torch.compile(
-        _losses_and_gradient, dynamic=True
-    )
+    compiled: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = torch.compile(_as_one_kernel, dynamic=True)
     return compiled
 
 

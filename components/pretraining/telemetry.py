@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,9 @@ from components.artifacts import StageError
 from components.pretraining.batches import MicroBatch
 from components.pretraining.config import CATEGORIES
 from components.pretraining.engine import Ranks
+
+if TYPE_CHECKING:
+    from model import SmallThinkerConfig
 
 
 class Layout:
@@ -48,6 +51,20 @@ class Layout:
             self.slices[name] = slice(start, start + width)
             start += width
         self.width = start
+
+    @classmethod
+    def of(cls, config: SmallThinkerConfig) -> Layout:
+        """The layout for a model."""
+        return cls(
+            config.num_hidden_layers,
+            config.moe_num_primary_experts,
+            config.moe_num_active_primary_experts,
+            config.moe_ffn_hidden_size,
+        )
+
+    def mean_loss(self, pooled: Tensor) -> float:
+        """Mean cross-entropy of a step, from its sums over all ranks."""
+        return float(pooled[self.slices["ce"]] / pooled[self.slices["micro_steps"]])
 
 
 class RouterEntropy:
