@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from model import SmallThinkerForCausalLM
 
 
+_UNIVERSAL = {"universal_checkpoint_version": 0.4}
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among those of the run, the device it drives, and its precision (fp32 or bf16)."""
@@ -207,7 +210,11 @@ def master_weights(engine: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
     engine.save_checkpoint(
-        str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False
+        str(folder.parent),
+        tag=folder.name,
+        # The second entry says that nothing needs a rule of its own when the state is put together again.
+        client_state={"trainer": state, "universal_checkpoint_info": _UNIVERSAL},
+        save_latest=False,
     )
 
 

@@ -67,5 +67,7 @@ def test_a_wrong_override_is_named_with_what_is_allowed(overrides: list[str], sa
 
 
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match="no recipe is called '5b'; the recipes are nano, smoke, 21b-slim, 4b, 21b"):
+    with pytest.raises(
+        RecipeError, match="no recipe is called '5b'; the recipes are nano, smoke, 21b-slim, 4b, 21b"
+    ):
         resolve("5b")

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,12 @@ def work(environment: dict[str, str], request: Path) -> None:
 
     os.environ.update(environment)
     raise SystemExit(main([str(request)]))
+
+
+def call(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The child as one rank of several, calling a function of a test module."""
+    os.environ.update(environment)
+    function(*arguments)
 
 
 def preload() -> None:
@@ -139,6 +146,21 @@ class Children:
     def start_rank(self, environment: Mapping[str, str], request: Path) -> ForkServerProcess:
         """One rank of a run, with torchrun's environment."""
         return self._fork(work, (dict(environment), request))
+
+    def call_ranks(self, world: int, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a module's function in ``world`` processes that can join one group; all must end well."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        places = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world)
+        ]
+        ranks = [self._fork(call, ({**shared, **place}, function, arguments)) for place in places]
+        until = time.monotonic() + _LIMIT_S
+        for process in ranks:
+            process.join(max(0.0, until - time.monotonic()))
+        assert [process.exitcode for process in ranks] == [0] * world
 
     def close(self) -> None:
         """End what a failed test left behind."""
