@@ -215,7 +215,7 @@ class CheckpointStore:
 
     def discard_after(self, step: int) -> None:
         """Remove drafts and every checkpoint beyond ``step``: the run goes on from there and rewrites them."""
-        for path in self.folder.glob(".*"):
+        for path in self.folder.glob(".step-*"):
             shutil.rmtree(path)
         for later in self.steps():
             if later > step:

@@ -119,7 +119,8 @@ class PretrainConfig(StageConfig):
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(
         {
-            # Who computes: sums are taken in another order, and the load-balance loss pools other micro-steps.
+            # Who computes: sums are taken in another order; running (not exact) counts of the load-balance loss know
+            # other micro-steps.
             "processes",
             "threads",
             "device",

@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError, write_json
-from components.pretraining.batches import BatchSource, document_ids
+from components.pretraining.batches import BatchSource, MicroBatch
 from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import CATEGORIES, PretrainConfig
 from components.pretraining.head_loss import token_losses
@@ -87,7 +87,6 @@ class Replay:
         streams = {name: shards.shard("train", name) for name in shards.categories("train")}
         self._source = BatchSource(self.config, streams, shards.eos_id)
         self._span = self._source.curriculum.at(step)
-        self._eos_id = shards.eos_id
         self._tokenizer = Tokenizer.from_file(str(Path(run["tokens"]) / TOKENIZER_FOLDER / "tokenizer.json"))
         self.step = step
         self.checkpoint, self.complaints = CheckpointStore(scratch / "checkpoints", 1).newest(at_most=step)
@@ -104,6 +103,8 @@ class Replay:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """The fp32 master weights, rounded to the run's precision as the engine does; whatever the processes were."""
+        from model import LoadBalance
+
         dtype = torch.bfloat16 if checkpoint.mesh["precision"] == "bf16" else torch.float32
         weights: dict[str, torch.Tensor] = {}
         with tempfile.TemporaryDirectory() as place:
@@ -116,36 +117,46 @@ class Replay:
                 weights[name] = torch.load(source / "fp32.pt", weights_only=False)["param"].to(dtype)
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
+        self.model.balance = LoadBalance(None)
 
     def sequences(self) -> Iterator[SequenceReport]:
         """Forward and backward over the batch; gradients of its mean loss gather in the model."""
         sequences = self._source.sequences(self.step)
-        tokens_BT = self._source.read(sequences, self._span.spec.context)
-        batch, micro = len(tokens_BT), self.config.micro_batch(self._span.index)
+        groups = self._source.rank_groups(self.step, 0, 1)  # one process takes the rows in order
+        micro_steps = sum(map(len, groups))
+        row = 0
         self.model.train()
         self.model.zero_grad()
-        for first in range(0, batch, micro):
-            rows_BT = tokens_BT[first : first + micro]
-            out = self.model(
-                input_ids=rows_BT, document_ids=document_ids(rows_BT, self._eos_id), use_cache=False
-            )
-            losses_BT = token_losses(out.logits, rows_BT)
-            loss = (
-                losses_BT.mean()
-                + self.config.load_balance_coef * out.load_balance_loss
-                + self.config.router_z_coef * out.router_z_loss
-            )
-            (loss * (len(rows_BT) / batch)).backward()
-            for offset, (losses_T, ids_T) in enumerate(zip(losses_BT.detach(), rows_BT, strict=True)):
-                row = first + offset
-                yield SequenceReport(
-                    row=row,
-                    loss=float(losses_T.mean()),
-                    largest=float(losses_T.max()),
-                    category=CATEGORIES[sequences.category_B[row]],
-                    first_token=int(sequences.start_B[row]),
-                    text=self._tokenizer.decode(ids_T[:_SHOWN_TOKENS].tolist(), skip_special_tokens=False),
+        for group in groups:
+            if self.config.load_balance_counts == "exact":
+                with torch.no_grad(), self.model.balance.counting():
+                    for batch in group:
+                        self._forward(batch)
+            for batch in group:
+                out = self._forward(batch)
+                losses_BT = token_losses(out.logits, batch.labels_BT)
+                loss = (
+                    losses_BT.mean()
+                    + self.config.load_balance_coef * out.load_balance_loss
+                    + self.config.router_z_coef * out.router_z_loss
                 )
+                (loss / micro_steps).backward()
+                for losses_T, ids_T in zip(losses_BT.detach(), batch.input_ids_BT, strict=True):
+                    yield SequenceReport(
+                        row=row,
+                        loss=float(losses_T.mean()),
+                        largest=float(losses_T.max()),
+                        category=CATEGORIES[sequences.category_B[row]],
+                        first_token=int(sequences.start_B[row]),
+                        text=self._tokenizer.decode(
+                            ids_T[:_SHOWN_TOKENS].tolist(), skip_special_tokens=False
+                        ),
+                    )
+                    row += 1
+            self.model.balance.reset()
+
+    def _forward(self, batch: MicroBatch) -> Any:
+        return self.model(input_ids=batch.input_ids_BT, document_ids=batch.document_ids_BT, use_cache=False)
 
     def gradient_norms(self) -> dict[str, float]:
         """After :meth:`sequences`: norm of the gradients by layer, outside the layers, and ``total``."""

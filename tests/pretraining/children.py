@@ -147,16 +147,25 @@ class Children:
         """One rank of a run, with torchrun's environment."""
         return self._fork(work, (dict(environment), request))
 
-    def call_ranks(self, world: int, function: Callable[..., Any], *arguments: Any) -> None:
-        """Call a module's function in ``world`` processes that can join one group; all must end well."""
+    @staticmethod
+    def places(world: int) -> list[dict[str, str]]:
+        """The environments of ``world`` processes that find each other."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-        places = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)} for rank in range(world)
+        return [
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            for rank in range(world)
         ]
-        ranks = [self._fork(call, ({**shared, **place}, function, arguments)) for place in places]
+
+    def start_ranks(self, world: int, request: Path) -> list[ForkServerProcess]:
+        """Begin or resume a run with several processes, as torchrun starts them."""
+        return [self.start_rank(place, request) for place in self.places(world)]
+
+    def call_ranks(self, world: int, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a module's function in ``world`` processes that can join one group; all must end well."""
+        ranks = [self._fork(call, (place, function, arguments)) for place in self.places(world)]
         until = time.monotonic() + _LIMIT_S
         for process in ranks:
             process.join(max(0.0, until - time.monotonic()))
