@@ -209,12 +209,10 @@ def master_weights(engine: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
+    # DeepSpeed's converter asks for it; it says that no parameter needs a rule of its own.
+    engine.module.universal_checkpoint_info = _UNIVERSAL
     engine.save_checkpoint(
-        str(folder.parent),
-        tag=folder.name,
-        # The second entry says that nothing needs a rule of its own when the state is put together again.
-        client_state={"trainer": state, "universal_checkpoint_info": _UNIVERSAL},
-        save_latest=False,
+        str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False
     )
 
 

@@ -72,7 +72,7 @@ def assert_same_checkpoint(out: Path, whole: Path) -> None:
         if "trainer" in one:
             assert one["trainer"] == other["trainer"] and one["trainer"]["step"] == saved(whole)[-1]
         count += assert_same_tensors(one, other, name)
-    assert count > 40
+    assert count > 25
 
 
 def is_sealing(out: Path) -> bool:
@@ -87,10 +87,19 @@ def is_exporting(out: Path) -> bool:
     return any((out / ".work").glob("export-*"))
 
 
-AIMS: list[tuple[str, Callable[[Path], bool]]] = [
-    ("writing", is_writing), ("writing", is_writing), ("sealing", is_sealing), ("sealing", is_sealing),
-    ("export", is_exporting), ("export", is_exporting),
-]  # fmt: skip
+def plan_of_kills(dice: random.Random) -> list[tuple[int, str, Callable[[Path], bool] | None]]:
+    """Twenty kills as (step that must be logged, name, what to catch), in the order of the run.
+
+    Fourteen are spread over the steps, since on a busy machine a spread over seconds would put most into the starts.
+    """
+    last = 3 * STEPS_EACH - 6
+    kills: list[tuple[int, str, Callable[[Path], bool] | None]] = [
+        (dice.randrange(0, last), "uniform", None) for _ in range(14)
+    ]
+    kills += [(dice.randrange(0, last), "writing", is_writing) for _ in range(2)]
+    kills += [(dice.randrange(0, last), "sealing", is_sealing) for _ in range(2)]
+    kills += [(number * STEPS_EACH, "export", is_exporting) for number in (1, 2)]
+    return sorted(kills, key=lambda kill: kill[0])
 
 
 def fall(out: Path) -> str:
@@ -106,31 +115,26 @@ def test_twenty_kills(tmp_path: Path, tokens: Path, children: Children) -> None:
     whole = Finished(tmp_path / "whole", children.run(tokens, tmp_path / "whole", config))
     alone_s = time.monotonic() - began
     out, dice = tmp_path / "out", random.Random(20260728)
-    plan: list[tuple[str, Callable[[Path], bool] | None]] = [*AIMS, *[("uniform", None)] * 14]
-    dice.shuffle(plan)
     began, kills, ended_early = time.monotonic(), 0, 0
-    for name, aim in plan:
+    for target, name, aim in plan_of_kills(dice):
         child: Child = children.start(tokens, out, config)
         if aim is None:
-            # 1.5 s is about what a start takes; the rest spreads fourteen kills over the run.
-            time.sleep(dice.uniform(0.2, 1.5 + alone_s / 8))
-            if not child.alive:  # finished before the instant came
+            while child.alive and logged(out) < target:
+                time.sleep(0.003)
+            time.sleep(dice.uniform(0.0, 2 * alone_s / STEPS_EACH))  # within about six steps
+            if not child.alive:
                 ended_early += 1
                 continue
         else:
-            try:
-                child.freeze_when(lambda aim=aim: aim(out))  # type: ignore[misc]
-            except AssertionError:
-                ended_early += 1
-                continue
+            child.freeze_when(lambda aim=aim, target=target: logged(out) >= target and aim(out))  # type: ignore[misc]
         child.kill()
         kills += 1
-        print(f"kill {kills:2} {name:8} {fall(out)}")
+        print(f"\nkill {kills:2} {name:8} {fall(out)}")
     answer = children.run(tokens, out, config)
     print(
         f"{kills} kills, {ended_early} too late; {alone_s:.1f} s alone, {time.monotonic() - began:.1f} s with kills"
     )
-    assert kills >= 18
+    assert kills >= 18 and ended_early <= 2
     assert answer["metrics"] == whole.answer["metrics"]
     assert_same_result(out, whole)
     assert_same_checkpoint(out, whole.out)
@@ -167,14 +171,13 @@ def test_kills_of_two_processes(
     wanted = end(tmp_path / "whole", start(tmp_path / "whole"))
     alone_s = time.monotonic() - began
     out, kills = tmp_path / "out", 0
-    for number in range(6):
+    for number, target in enumerate(sorted(dice.randrange(0, 3 * STEPS_EACH - 6) for _ in range(6))):
         ranks = start(out)
-        if number % 3 == 2:
-            until = time.monotonic() + 60
-            while not drafts(out) and time.monotonic() < until and ranks[0].is_alive():
-                time.sleep(0.001)
-        else:
-            time.sleep(dice.uniform(1.0, 3.0 + alone_s / 4))
+        while ranks[0].is_alive() and logged(out) < target:
+            time.sleep(0.003)
+        while number % 3 == 2 and ranks[0].is_alive() and not drafts(out):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0.0, 2 * alone_s / STEPS_EACH) if number % 3 != 2 else 0.0)
         if not all(process.is_alive() for process in ranks):
             continue
         dice.shuffle(ranks)
@@ -185,7 +188,7 @@ def test_kills_of_two_processes(
             process.join(30)
             assert process.exitcode == -signal.SIGKILL
         kills += 1
-        print(f"kill {kills} of both: {fall(out)}")
+        print(f"\nkill {kills} of both: {fall(out)}")
     answer = end(out, start(out))
     print(f"{kills} kills; {alone_s:.1f} s alone, {time.monotonic() - began - alone_s:.1f} s with kills")
     assert kills >= 4

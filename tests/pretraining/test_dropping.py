@@ -103,3 +103,15 @@ def test_a_dropped_step_leaves_no_trace(
 ) -> None:
     values = run_config(precision=precision, zero_stage=zero_stage, sequences_per_micro_batch=2)
     children.call_ranks(world, drop_and_go_on, values)
+
+
+@pytest.mark.campaign
+@pytest.mark.skipif("expert_parallel" not in PretrainConfig.model_fields, reason="no expert parallelism yet")
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
+def test_a_dropped_step_leaves_no_trace_in_experts_of_several_processes(
+    children: Children, precision: str, zero_stage: int
+) -> None:
+    values = run_config(
+        precision=precision, zero_stage=zero_stage, sequences_per_micro_batch=2, expert_parallel=2
+    )
+    children.call_ranks(2, drop_and_go_on, values)

@@ -166,6 +166,21 @@ def test_one_two_four_one(tmp_path: Path, children: Children, precision: str, ze
     )
 
 
+@pytest.mark.campaign
+@pytest.mark.skipif("expert_parallel" not in PretrainConfig.model_fields, reason="no expert parallelism yet")
+@pytest.mark.parametrize(
+    ("precision", "zero_stage", "meshes"),
+    [
+        ("fp32", 1, [(1, 1), (2, 2), (2, 1), (2, 2), (1, 1)]),
+        ("bf16", 2, [(1, 1), (4, 2), (4, 4), (2, 2), (1, 1)]),
+    ],
+)
+def test_experts_are_dealt_anew(
+    tmp_path: Path, children: Children, precision: str, zero_stage: int, meshes: list[tuple[int, int]]
+) -> None:
+    run_chain(children, tmp_path, meshes, precision=precision, zero_stage=zero_stage)
+
+
 def test_a_damaged_universal_form_is_made_again(tmp_path: Path, children: Children) -> None:
     config = run_config(sequences_per_micro_batch=2, precision="fp32")
     children.call_ranks(1, link, config, tmp_path, 0)
