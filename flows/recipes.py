@@ -61,6 +61,11 @@ class Recipe(StageConfig):
         config: StageConfig = getattr(self, stage)
         return config.declared()
 
+    def placement(self, stage: str) -> frozenset[str]:
+        """The fields of a stage's config that do not enter its artefact's fingerprint."""
+        config: StageConfig = getattr(self, stage)
+        return config.PLACEMENT
+
 
 def nano() -> Recipe:
     """The whole system on two laptop cores in minutes: every stage real, only small."""

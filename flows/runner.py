@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
+# How long a stage that was told to stop may take; one whose config has save_grace_s says so itself.
+_GRACE_S = 30.0
+# The stage itself waits for its processes, a little shorter than this one waits for the stage.
+_MARGIN_S = 5.0
 
 
 class PreflightError(StageError):
@@ -109,13 +113,16 @@ class Runner:
             for role, name in stage.parents.items()
         }
         config = self.recipe.part(stage.name)
+        placement = self.recipe.placement(stage.name)
+        deciding = {name: value for name, value in config.items() if name not in placement}
         return Identity(
             recipe=self.recipe.name,
             stage=stage.name,
             stage_version=stage.version,
             config=config,
             parents=parents,
-            fingerprint=fingerprint(stage.name, stage.version, config, parents),
+            fingerprint=fingerprint(stage.name, stage.version, deciding, parents),
+            placement=placement,
         )
 
     def plan(self, stages: Sequence[Stage] = STAGES) -> list[PlannedStage]:
@@ -275,7 +282,7 @@ class Runner:
             if process.poll() is None:
                 process.terminate()
                 try:
-                    process.wait(30)
+                    process.wait(float(identity.config.get("save_grace_s", _GRACE_S)) + _MARGIN_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

@@ -28,15 +28,17 @@ class StageConfig(BaseModel):
     """Base of every stage's part of a recipe: frozen, and unknown fields are errors.
 
     Fields in ``OPT_IN`` are left out of what is declared while they are null, so that adding such a field leaves the
-    fingerprints of artefacts without it as they were.
+    fingerprints of artefacts without it as they were. Fields in ``PLACEMENT`` say where and how a stage runs, not what
+    it makes: they are declared and do not enter the fingerprint, so that work begun on one machine goes on on another.
     """
 
     OPT_IN: ClassVar[frozenset[str]] = frozenset()
+    PLACEMENT: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     def declared(self) -> dict[str, Any]:
-        """The config as plain JSON values, as it enters fingerprints and manifests."""
+        """The config as plain JSON values, as it enters manifests and, but for ``PLACEMENT``, fingerprints."""
         left_out = {name for name in self.OPT_IN if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=left_out)
 

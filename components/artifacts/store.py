@@ -40,7 +40,10 @@ def flatten(value: object, prefix: str = "") -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes an artefact what it is; its fingerprint is computed from the rest."""
+    """What makes an artefact what it is.
+
+    Its fingerprint is computed from stage, version, parents and the config without the fields in ``placement``.
+    """
 
     recipe: str
     stage: str
@@ -48,6 +51,7 @@ class Identity:
     config: Mapping[str, Any]
     parents: Mapping[str, ParentEntry]
     fingerprint: str
+    placement: frozenset[str] = frozenset()
 
 
 class ArtifactStore:
@@ -135,7 +139,7 @@ class ArtifactStore:
         before, now = flatten(newest.config), flatten(identity.config)
         for name in sorted(before.keys() | now.keys()):
             old, new = before.get(name, "absent"), now.get(name, "absent")
-            if old != new:
+            if old != new and name.partition(".")[0] not in identity.placement:
                 reasons.append(f"{identity.stage}.{name}: {_short(old)} -> {_short(new)}")
         for role, entry in identity.parents.items():
             other = newest.parents.get(role)

@@ -7,7 +7,7 @@ and our own choices are told apart in ``components.pretraining.presets``.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -111,7 +111,35 @@ class EvaluationPart(_Part):
 
 
 class PretrainConfig(StageConfig):
-    """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe."""
+    """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe.
+
+    The fields in ``PLACEMENT`` decide where a run goes on and what becomes of it meanwhile. Its results do not depend
+    on them but for rounding, so they can be changed between two starts of the same run.
+    """
+
+    PLACEMENT: ClassVar[frozenset[str]] = frozenset(
+        {
+            # Who computes: sums are taken in another order; running (not exact) counts of the load-balance loss know
+            # other micro-steps.
+            "processes",
+            "threads",
+            "device",
+            "hardware",
+            "zero_stage",
+            "sequences_per_micro_batch",
+            "loss_chunk_tokens",
+            "activation_checkpointing",
+            # How progress is kept.
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+            "seal_in_background",
+            "save_grace_s",
+            # What a spike leads to: a run that none has hit is the same under all policies; skipped steps are noted.
+            "spike_ratio",
+            "on_spike",
+            "max_skips",
+        }
+    )
 
     seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
     model: ModelPart = Field(default_factory=ModelPart)
@@ -186,11 +214,31 @@ class PretrainConfig(StageConfig):
         default=200, ge=1, description="steps between checkpoints; each stage ends with one"
     )
     keep_checkpoints: int = Field(default=2, ge=1, le=100, description="newest checkpoints kept")
+    seal_in_background: bool = Field(
+        default=True,
+        description="checksum and flush a checkpoint while training goes on; false: training waits for it",
+    )
+    save_grace_s: int = Field(
+        default=60,
+        ge=1,
+        le=86_400,
+        description="seconds that a run may take after SIGTERM to finish its step, save and seal",
+    )
     spike_ratio: float = Field(
         default=1.75,
         gt=1.0,
         le=100.0,
-        description="a loss above this multiple of the recent median stops the run",
+        description="a loss above this multiple of the recent median is a spike",
+    )
+    on_spike: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="what a spike, or a loss or gradient that is not finite, leads to: stop the run, or skip the step",
+    )
+    max_skips: int = Field(
+        default=10,
+        ge=1,
+        le=10_000,
+        description="steps skipped in a row after which the run stops all the same",
     )
 
     @field_validator("zero_stage", mode="before")

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from model import SmallThinkerForCausalLM
 
 
+_UNIVERSAL = {"universal_checkpoint_version": 0.4}
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands among those of the run, the device it drives, and its precision (fp32 or bf16)."""
@@ -218,6 +221,8 @@ def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> 
 
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
     """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
+    # DeepSpeed's converter asks for it; it says that no parameter needs a rule of its own.
+    engine.module.universal_checkpoint_info = _UNIVERSAL
     engine.save_checkpoint(
         str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False
     )

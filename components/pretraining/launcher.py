@@ -48,6 +48,18 @@ def launch_command(config: PretrainConfig, request: Path, environment: Mapping[s
     return [*spread, *torchrun, *rendezvous, *worker]
 
 
+def worker_environment(config: PretrainConfig, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of torchrun and its workers.
+
+    torchrun kills workers 30 s after it passed a signal on, in the middle of a save if need be, unless told otherwise.
+    """
+    own = {
+        "OMP_NUM_THREADS": str(config.threads),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(config.save_grace_s),
+    }
+    return {**environment, **own}
+
+
 def train_under_torchrun(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
     """Train with several processes; returns the finished evaluations.
 
@@ -67,7 +79,7 @@ def train_under_torchrun(context: StageContext, config: PretrainConfig) -> dict[
             "cache": str(context.cache.resolve()),
         },
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": str(config.threads)}
+    environment = worker_environment(config, os.environ)
     command = launch_command(config, request, environment)
     process = subprocess.Popen(
         command, cwd=_PROJECT, env=environment, stdout=sys.stderr, preexec_fn=die_with_parent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from components.artifacts import write_atomically
 from components.pretraining.config import CATEGORIES
 from components.pretraining.curriculum import Curriculum
-from components.pretraining.progress import TRAIN_KEY
+from components.pretraining.progress import LOSS_KEY, TRAIN_KEY
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -44,9 +45,8 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
         if points:
             upper.plot(*zip(*points, strict=True), color=colour, linewidth=0.9, alpha=0.8, label=name)
     steps = [line["step"] for line in training]
-    upper.plot(
-        steps, [line["metrics"][TRAIN_KEY] for line in training], color="black", linewidth=1.6, label="all"
-    )
+    losses = [line["metrics"].get(LOSS_KEY, math.nan) for line in training]
+    upper.plot(steps, losses, color="black", linewidth=1.6, label="all")
     upper.set_ylabel("training loss (nats per token)")
     upper.legend(ncols=4, frameon=False, fontsize=8)
     lower.plot(steps, [line["metrics"]["train/lr"] for line in training], color="black", linewidth=1.2)

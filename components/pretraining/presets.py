@@ -174,6 +174,8 @@ def _full_size(
         processes=8,
         checkpoint_every_steps=500,  # [ours] at most about 50 minutes lost
         keep_checkpoints=3,
+        # [ours] a step, some 300 GB (21B) to a shared file system by 32 nodes, and reading them back once to checksum
+        save_grace_s=840,
         spike_ratio=1.5,
     )
 

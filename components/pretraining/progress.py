@@ -14,7 +14,9 @@ from typing import Any
 
 from components.artifacts import write_atomically, write_json
 
-TRAIN_KEY = "train/ce"
+# Every training line has it, also one of an interval whose steps were all skipped.
+TRAIN_KEY = "train/lr"
+LOSS_KEY = "train/ce"
 
 
 class RunRecord:

@@ -7,8 +7,6 @@ state is plain JSON, saved with each checkpoint: a resumed run logs the same ave
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from components.artifacts import StageError
 from components.pretraining.batches import MicroBatch
 from components.pretraining.config import CATEGORIES
 from components.pretraining.engine import Ranks
@@ -161,7 +158,12 @@ class Interval:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._sums = torch.zeros(layout.width, dtype=torch.float64)
-        self._grad_norm_sum, self._global_balance_sum, self._steps = 0.0, 0.0, 0
+        self._grad_norm_sum, self._global_balance_sum = 0.0, 0.0
+        self._steps, self._skipped = 0, 0
+
+    def skip(self) -> None:
+        """A step's gradients were dropped: it counts, and its figures do not."""
+        self._skipped += 1
 
     def add(self, pooled: Tensor, grad_norm: float) -> None:
         """Take a finished step into account."""
@@ -177,6 +179,7 @@ class Interval:
             "grad_norm_sum": self._grad_norm_sum,
             "global_balance_sum": self._global_balance_sum,
             "steps": self._steps,
+            "skipped": self._skipped,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -184,20 +187,32 @@ class Interval:
         self._sums = torch.tensor(state["sums"], dtype=torch.float64)
         self._grad_norm_sum, self._steps = float(state["grad_norm_sum"]), int(state["steps"])
         self._global_balance_sum = float(state["global_balance_sum"])
+        self._skipped = int(state["skipped"])
 
     def _field(self, name: str) -> Tensor:
         return self._sums[self._layout.slices[name]]
 
     def drain(self) -> dict[str, float]:
-        """Averages under their names in ``metrics.jsonl``; the next interval starts empty."""
+        """Averages under their names in ``metrics.jsonl``; the next interval starts empty.
+
+        Without a step that was taken there are none, only the number of skipped ones.
+        """
+        skipped = {"train/skipped": float(self._skipped)}
+        metrics = {**self._averages(), **skipped} if self._steps else skipped
+        self._sums.zero_()
+        self._grad_norm_sum, self._global_balance_sum = 0.0, 0.0
+        self._steps, self._skipped = 0, 0
+        return metrics
+
+    def _averages(self) -> dict[str, float]:
         layout = self._layout
         micro = max(1.0, float(self._field("micro_steps")))
         tokens = max(1.0, float(self._field("tokens")))
         metrics = {
             f"train/{name}": float(self._field(name)) / micro for name in ("ce", "load_balance", "router_z")
         }
-        metrics["train/load_balance_global"] = self._global_balance_sum / max(1, self._steps)
-        metrics["train/grad_norm"] = self._grad_norm_sum / max(1, self._steps)
+        metrics["train/load_balance_global"] = self._global_balance_sum / self._steps
+        metrics["train/grad_norm"] = self._grad_norm_sum / self._steps
         nats, targets = self._field("nats_by_category"), self._field("targets_by_category")
         for category, name in enumerate(CATEGORIES):
             if targets[category] > 0:
@@ -215,51 +230,4 @@ class Interval:
         metrics["router/load_max_group"] = float(group_max_L.max())
         metrics["router/entropy"] = float(entropy_L.mean())
         metrics["experts/sparsity"] = float(sparsity_L.mean())
-        self._sums.zero_()
-        self._grad_norm_sum, self._global_balance_sum, self._steps = 0.0, 0.0, 0
         return metrics
-
-
-class LossGuard:
-    """Stops a run whose loss is not finite or jumps: ``check`` before the optimizer acts on it.
-
-    Args:
-        ratio: a loss above this multiple of the recent median is a spike.
-        window: steps that the median looks back on; nothing counts as a spike before half of it is filled.
-    """
-
-    def __init__(self, ratio: float, window: int = 64) -> None:
-        self._ratio, self._window = ratio, window
-        self.recent: list[float] = []
-
-    def check(self, step: int, loss: float, grad_norm: float | None, batch: str) -> None:
-        """Judge one step.
-
-        Raises:
-            StageError: names the step, the value and the batch, from which the step can be replayed.
-        """
-        complaint = ""
-        if not math.isfinite(loss):
-            complaint = f"the loss is {loss}"
-        elif grad_norm is not None and not math.isfinite(grad_norm):
-            complaint = f"the gradient's norm is {grad_norm}"
-        elif len(self.recent) >= self._window // 2:
-            median = statistics.median(self.recent)
-            if loss > self._ratio * median:
-                complaint = (
-                    f"the loss jumped to {loss:.4g}, more than {self._ratio:g} times "
-                    f"the recent median of {median:.4g}"
-                )
-        if complaint:
-            raise StageError(
-                f"Training stopped at step {step}: {complaint}. Earlier checkpoints are kept. Lower the learning rate "
-                f"or raise spike_ratio. The batch (category@first token): {batch}"
-            )
-
-    def accept(self, loss: float) -> None:
-        """Remember a step that was taken."""
-        self.recent = [*self.recent, loss][-self._window :]
-
-    def load(self, recent: Sequence[float]) -> None:
-        """Restore ``recent`` from a checkpoint."""
-        self.recent = list(recent)

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from components.artifacts import METRICS_NAME, StageContext, StageError
+from components.pretraining.agreement import Agreement
 from components.pretraining.batches import BatchSource, MicroBatch
 from components.pretraining.building import initial_model
-from components.pretraining.checkpoints import Checkpoint, CheckpointStore
+from components.pretraining.checkpoints import CheckpointStore
 from components.pretraining.config import PretrainConfig
 from components.pretraining.curriculum import StageSpan
 from components.pretraining.engine import (
@@ -30,18 +30,20 @@ from components.pretraining.engine import (
     build_engine,
     enter_stage,
     load_engine,
-    save_engine,
 )
 from components.pretraining.flops import training_flops_per_token
+from components.pretraining.guard import LossGuard, averaged_grad_norm, drop_step
 from components.pretraining.head_loss import fused_token_losses, token_losses
 from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
 from components.pretraining.interruption import Interruption
 from components.pretraining.master_weights import MasterWeights, export_model
 from components.pretraining.progress import RunRecord, align_metrics, evaluation_metrics, flush_to_disk
+from components.pretraining.replay import describe_run
+from components.pretraining.resharding import Division, load_universal, universal
+from components.pretraining.saving import Saver, find_newest
 from components.pretraining.telemetry import (
     Interval,
     Layout,
-    LossGuard,
     RouterEntropy,
     StepMeter,
 )
@@ -140,7 +142,10 @@ class Trainer:
             self._architecture.moe_ffn_hidden_size,
         )
         self._meter, self._interval = StepMeter(layout, ranks), Interval(layout)
-        self._guard = LossGuard(config.spike_ratio)
+        self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
+        self._division = Division.of(config, ranks)
+        self._agreement = Agreement(ranks)
+        self._saver = Saver(self._store, ranks, self._division.to_json(), config.seal_in_background)
         self._step = 0
 
     # ---------------------------------------------------------------- resuming
@@ -155,51 +160,47 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, if there is one, and drop everything later than it."""
-        found: list[Any] = [None]
+        checkpoint, complaints = find_newest(
+            self._store, self._first_unfinished_end(), self._ranks, self._agreement
+        )
+        step = checkpoint.step if checkpoint else 0
         if self._ranks.is_first:
-            checkpoint, complaints = self._store.newest(at_most=self._first_unfinished_end())
             for complaint in complaints:
                 self._context.note(complaint)
-            step = checkpoint.step if checkpoint else 0
             self._store.discard_after(step)
             # A damaged checkpoint leads back behind a stage's end: its evaluation and export are made again.
             for span in self._curriculum.spans:
                 if span.end > step:
                     shutil.rmtree(self._context.out / span.name, ignore_errors=True)
             align_metrics(self._metrics_path, step, self._record)
-            found = [checkpoint]
-        if self._ranks.world > 1:
-            dist.broadcast_object_list(found, src=0)
-        checkpoint = found[0]
-        self._record.forget_after(checkpoint.step if isinstance(checkpoint, Checkpoint) else 0)
-        if isinstance(checkpoint, Checkpoint):
-            state = load_engine(self._engine, checkpoint.path)
+        self._record.forget_after(step)
+        if checkpoint is not None:
+            saved = Division.from_json(checkpoint.mesh)
+            if saved == self._division:
+                state = load_engine(self._engine, checkpoint.path)
+            else:
+                converted = universal(self._store, checkpoint, self._ranks, self._agreement)
+                state = load_universal(self._engine, converted)
+                self._note_once(
+                    f"Carried the checkpoint of step {step} over from {saved} to {self._division}."
+                )
             self._step = int(state["step"])
             self._interval.load_state(state["interval"])
-            self._guard.load(state["recent_losses"])
-            if self._ranks.is_first:
-                self._context.note(f"Resumed from the checkpoint of step {self._step}.")
+            self._guard.load_state(state["guard"])
+            self._note_once(f"Resumed from the checkpoint of step {self._step}.")
+        if self._ranks.is_first:
+            self._guard.write(self._context.out)
+            describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
 
     def _save(self) -> None:
-        draft: list[Any] = [None]
         if self._ranks.is_first:
             flush_to_disk(self._metrics_path)
-            draft = [self._store.prepare(self._step)]
-        if self._ranks.world > 1:
-            dist.broadcast_object_list(draft, src=0)
         state = {
             "step": self._step,
             "interval": self._interval.to_state(),
-            "recent_losses": self._guard.recent,
+            "guard": self._guard.to_state(),
         }
-        save_engine(self._engine, draft[0], state)
-        if self._ranks.is_first:
-            self._store.commit(self._step)
-        self._barrier()
-
-    def _barrier(self) -> None:
-        if self._ranks.world > 1:
-            dist.barrier()
+        self._saver.save(self._engine, self._step, state)
 
     # ---------------------------------------------------------------- one step
 
@@ -263,14 +264,18 @@ class Trainer:
             self._meter.add_group(balance.counts)
             balance.reset()
         pooled = self._meter.pooled()
-        mean_loss = float(pooled[1] / pooled[0])
-        sequences = self._source.sequences(step)
-        self._guard.check(step, mean_loss, None, sequences.describe())
-        engine.step()
-        grad_norm = float(engine.get_global_grad_norm())
-        self._guard.check(step, mean_loss, grad_norm, sequences.describe())
-        self._guard.accept(mean_loss)
-        self._interval.add(pooled, grad_norm)
+        mean_loss, grad_norm = float(pooled[1] / pooled[0]), averaged_grad_norm(engine)
+        complaint = self._guard.judge(mean_loss, grad_norm)
+        if complaint is None:
+            engine.step()
+            self._guard.accept(mean_loss)
+            self._interval.add(pooled, grad_norm)
+        else:
+            self._guard.refuse(step, complaint, self._source.sequences(step).describe())
+            drop_step(engine)
+            self._interval.skip()
+            if self._ranks.is_first:
+                self._guard.write(self._context.out)
         self._step += 1
         bar.update()
         bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
@@ -304,6 +309,7 @@ class Trainer:
                     self._stop_now()
 
     def _stop_now(self) -> None:
+        self._saver.wait()
         raise TrainingInterrupted(
             f"Stopped by {self._interruption.name} at step {self._step} of {self._curriculum.total_steps}; everything "
             "up to there is saved, and the same command goes on from it."
@@ -342,18 +348,19 @@ class Trainer:
         if self._interruption.agreed(self._ranks) or scores is None:
             self._stop_now()
             return
+        self._saver.wait()  # no evaluation is on record before the weights it measured are safe
         if self._ranks.is_first:
             entry = {"step": self._step, "context": span.spec.context, **scores.to_json()}
             self._record.put(name, entry)
             self._context.log_metrics(evaluation_metrics(name, entry), self._step)
         else:
             self._record.values[name] = {}
-        self._barrier()
+        self._agreement.meet()
 
     def _export(self, span: StageSpan) -> None:
         """Write the stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
-        if self._agree(target.is_dir()):
+        if self._agreement.broadcast(target.is_dir()):
             return
         dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
         weights = MasterWeights(self._engine, self._ranks, self._ranks.mesh(self._config), dtype)
@@ -369,14 +376,7 @@ class Trainer:
             draft.rename(target)
         else:
             weights.take_part(architecture)
-        self._barrier()
-
-    def _agree(self, answer: bool) -> bool:
-        """The first rank's answer, on all ranks."""
-        answers = [answer]
-        if self._ranks.world > 1:
-            dist.broadcast_object_list(answers, src=0)
-        return answers[0]
+        self._agreement.meet()
 
     def _bigram(self) -> None:
         if self._ranks.is_first and "bigram" not in self._record:
@@ -409,14 +409,20 @@ class Trainer:
             self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
         self._resume()
         self._bigram()
-        for span in self._curriculum.spans:
-            if self._step > span.end or (self._step == span.end and self._is_finished(span)):
-                continue
-            if self._step == span.start:
-                self._evaluate(span, "start")
-            self._train_stage(span)
-            self._evaluate(span, "end")
-            self._export(span)
+        try:
+            for span in self._curriculum.spans:
+                if self._step > span.end or (self._step == span.end and self._is_finished(span)):
+                    continue
+                if self._step == span.start:
+                    self._evaluate(span, "start")
+                self._train_stage(span)
+                self._evaluate(span, "end")
+                self._export(span)
+            self._saver.wait()
+        finally:
+            self._saver.settle()
+        for skipped in self._guard.skipped:
+            self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
         return self._record.values
 
     def _is_finished(self, span: StageSpan) -> bool:

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from components.artifacts import METRICS_NAME, Identity, Manifest, flatten
+from components.artifacts import METRICS_NAME, Identity, Manifest, flatten, write_json
 from components.tracking.registry import ModelRegistry
 
 _BATCH = 900
@@ -68,8 +68,10 @@ class MlflowTracker:
         else:
             self._client.update_run(self._parent.info.run_id, status="RUNNING")
         self._runs: dict[str, str] = {}
-        self._offsets: dict[str, int] = {}
-        self._last_steps: dict[str, int] = {}
+        # Of each stage's metrics.jsonl: which file it was (a resumed stage writes a new one), and how far it was read.
+        self._read: dict[str, tuple[int, int]] = {}
+        # The last step sent, by metric: an evaluation is logged at the same step as the training before it, and later.
+        self._sent: dict[str, dict[str, int]] = {}
 
     @property
     def parent_run_id(self) -> str:
@@ -90,16 +92,20 @@ class MlflowTracker:
 
     def stage_started(self, identity: Identity, folder: Path) -> None:
         """Open the stage's child run, or continue the one that a killed attempt left."""
-        run_id, last_step = self._read_state(folder)
+        run_id = self._earlier_run(folder)
+        sent: dict[str, int] = {}
         if run_id is None:
             run_id = self._create_child(identity, f"{identity.stage}", {"cached": "false"})
             self._log_params(run_id, dict(identity.config))
-            last_step = -1
+            write_json(folder / _STATE_NAME, {"run_id": run_id})
         else:
             self._client.update_run(run_id, status="RUNNING")
+            # Asked of MLflow: a kill may have come between sending and any note of ours about it.
+            for name in self._client.get_run(run_id).data.metrics:
+                sent[name] = max(point.step for point in self._client.get_metric_history(run_id, name))
         self._runs[identity.fingerprint] = run_id
-        self._last_steps[identity.fingerprint] = last_step
-        self._write_state(identity, folder)
+        self._sent[identity.fingerprint] = sent
+        self._read.pop(identity.fingerprint, None)
 
     def _create_child(self, identity: Identity, name: str, tags: dict[str, str]) -> str:
         run = self._client.create_run(
@@ -117,47 +123,31 @@ class MlflowTracker:
         run_id: str = run.info.run_id
         return run_id
 
-    def _read_state(self, folder: Path) -> tuple[str | None, int]:
+    def _earlier_run(self, folder: Path) -> str | None:
         try:
-            state = json.loads((folder / _STATE_NAME).read_text())
-            self._client.get_run(state["run_id"])
-            return state["run_id"], int(state["last_step"])
+            run_id: str = json.loads((folder / _STATE_NAME).read_text())["run_id"]
+            self._client.get_run(run_id)
         except (FileNotFoundError, json.JSONDecodeError, KeyError):
-            return None, -1
-
-    def _write_state(self, identity: Identity, folder: Path) -> None:
-        state = {
-            "run_id": self._runs[identity.fingerprint],
-            "last_step": self._last_steps[identity.fingerprint],
-        }
-        temporary = folder / f"{_STATE_NAME}.new"
-        temporary.write_text(json.dumps(state))
-        temporary.replace(folder / _STATE_NAME)
+            return None
+        return run_id
 
     def metrics_written(self, identity: Identity, folder: Path) -> None:
         """Send the complete new lines of ``metrics.jsonl``, in batches; steps already sent are not sent again."""
         run_id = self._runs.get(identity.fingerprint)
         if run_id is None:
             return
-        path = folder / METRICS_NAME
-        offset = self._offsets.get(identity.fingerprint, 0)
-        if path.stat().st_size < offset:  # a resumed stage cut the file back to its checkpoint
-            offset = 0
-        with path.open("rb") as handle:
+        with (folder / METRICS_NAME).open("rb") as handle:
+            status = os.fstat(handle.fileno())
+            file, offset = self._read.get(identity.fingerprint, (status.st_ino, 0))
+            if file != status.st_ino or status.st_size < offset:  # cut back to a checkpoint
+                offset = 0
             handle.seek(offset)
             data = handle.read()
         complete = data[: data.rfind(b"\n") + 1]
-        if not complete:
-            return
-        self._offsets[identity.fingerprint] = offset + len(complete)
-        last_step = self._last_steps[identity.fingerprint]
-        metrics = list(_parse_metrics(complete.splitlines(), after_step=last_step))
-        if not metrics:
-            return
+        metrics = list(_parse_metrics(complete.splitlines(), self._sent[identity.fingerprint]))
         for start in range(0, len(metrics), _BATCH):
             self._client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
-        self._last_steps[identity.fingerprint] = max(metric.step for metric in metrics)
-        self._write_state(identity, folder)
+        self._read[identity.fingerprint] = (status.st_ino, offset + len(complete))
 
     def stage_finished(self, identity: Identity, folder: Path, manifest: Manifest, cached: bool) -> None:
         """Log headline metrics, small files and models; a cached stage links to the run that built it."""
@@ -166,9 +156,7 @@ class MlflowTracker:
             return
         run_id = self._runs[identity.fingerprint]
         if (folder / METRICS_NAME).is_file():
-            metrics = self._unsent(identity, folder)
-            for start in range(0, len(metrics), _BATCH):
-                self._client.log_batch(run_id, metrics=metrics[start : start + _BATCH])
+            self.metrics_written(identity, folder)
         self._log_manifest(run_id, manifest)
         for path in [folder / "manifest.json", *sorted(folder.iterdir())]:
             wanted = path.is_file() and path.suffix in _LOGGED_SUFFIXES and path.name != METRICS_NAME
@@ -176,10 +164,6 @@ class MlflowTracker:
                 self._client.log_artifact(run_id, str(path))
         self.registry.log_models(run_id, identity, folder, manifest)
         self._client.set_terminated(run_id)
-
-    def _unsent(self, identity: Identity, folder: Path) -> list[Metric]:
-        lines = (folder / METRICS_NAME).read_bytes().splitlines()
-        return list(_parse_metrics(lines, after_step=self._last_steps[identity.fingerprint]))
 
     def _log_manifest(self, run_id: str, manifest: Manifest) -> None:
         values = {
@@ -239,12 +223,13 @@ def _milliseconds(iso: str) -> int:
     return int(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
-def _parse_metrics(lines: Iterable[bytes], after_step: int) -> Iterable[Metric]:
+def _parse_metrics(lines: Iterable[bytes], sent: dict[str, int]) -> Iterable[Metric]:
+    """What ``sent`` (last step by metric, brought up to date here) does not cover."""
     for line in lines:
         record = json.loads(line)
         step = int(record["step"])
-        if step <= after_step:
-            continue
         timestamp_ms = int(record["time_s"] * 1000)
         for name, value in record["metrics"].items():
-            yield Metric(name, float(value), timestamp_ms, step)
+            if step > sent.get(name, -1):
+                sent[name] = step
+                yield Metric(name, float(value), timestamp_ms, step)

@@ -29,6 +29,9 @@ class ToyRecipe:
     def part(self, stage: str) -> dict[str, Any]:
         return {"value": 1, **self.parts.get(stage, {})}
 
+    def placement(self, stage: str) -> frozenset[str]:
+        return frozenset({"where"})
+
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

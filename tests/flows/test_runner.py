@@ -77,6 +77,39 @@ def test_a_failed_stage_gives_one_sentence_and_no_manifest_and_keeps_its_progres
     )
 
 
+class Interrupting:
+    """An observer during whose work the user presses Ctrl-C."""
+
+    def stage_started(self, *arguments):
+        pass
+
+    stage_finished = stage_failed = stage_started
+
+    def metrics_written(self, *arguments):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("grace_s", "saved"), [(20, True), (0.5, False)])
+def test_an_interrupted_stage_gets_the_time_to_save_that_its_config_says(toy, monkeypatch, grace_s, saved):
+    monkeypatch.setattr("flows.runner._MARGIN_S", 0.5)
+    runner = toy(first={"stops_in_s": 2.5, "save_grace_s": grace_s})
+    runner.observer = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_stage(TOY_STAGES[0])
+    folder = runner.store.folder(runner.identity(TOY_STAGES[0]))
+    assert (folder / ".work" / "saved").exists() == saved
+
+
+def test_where_a_stage_runs_is_no_part_of_what_it_makes(toy):
+    build_all(toy(first={"where": "here"}))
+    elsewhere = toy(first={"where": "there"})
+    assert all(outcome.cached for outcome in build_all(elsewhere).values())
+    identity = elsewhere.identity(TOY_STAGES[0])
+    assert identity.config == {"value": 1, "where": "there"}  # the stage is told all the same
+    changed = toy(first={"where": "there", "value": 2})
+    assert changed.plan(TOY_STAGES)[0].reasons == ("first.value: 1 -> 2",)
+
+
 def _run_first(make, parts, results):
     try:
         results.put(make(**parts).run_stage(TOY_STAGES[0]).cached)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -25,11 +27,21 @@ def run(context: StageContext) -> dict[str, float]:
         raise RuntimeError("writer failed") from OSError(errno.ENOSPC, "No space left on device", "shard.ds")
     if config.get("die"):
         os.kill(os.getpid(), 9)
+    if seconds := config.get("stops_in_s"):
+
+        def stop(number: int, frame: object) -> None:
+            time.sleep(seconds)
+            (context.scratch / "saved").touch()
+            sys.exit(1)
+
+        signal.signal(signal.SIGTERM, stop)
+        context.log_metrics({"loss": 1.0}, 0)
+        time.sleep(60)
     for step in range(3):
         context.log_metrics({"loss": 3.0 - step}, step)
-    if signal := config.get("wait_for"):
+    if awaited := config.get("wait_for"):
         (context.out / "started").write_text(str(os.getpid()))
-        while not Path(signal).exists():
+        while not Path(awaited).exists():
             time.sleep(0.02)
     parents = "".join((path / "data.txt").read_text() for path in context.inputs.values())
     (context.out / "data.txt").write_text(f"{parents}{context.stage}={config['value']};")

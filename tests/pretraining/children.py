@@ -49,6 +49,12 @@ def work(environment: dict[str, str], request: Path) -> None:
     raise SystemExit(main([str(request)]))
 
 
+def call(environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """The child as one rank of several, calling a function of a test module."""
+    os.environ.update(environment)
+    function(*arguments)
+
+
 def preload() -> None:
     """Import what every child needs, in the fork server."""
     import deepspeed  # type: ignore[import-untyped]  # noqa: F401
@@ -142,23 +148,27 @@ class Children:
         """One rank of a run, with torchrun's environment."""
         return self._fork(work, (dict(environment), request))
 
-    def run_ranks(
-        self, world: int, target: Callable[..., None], *arguments: Any, limit_s: float = 120
-    ) -> None:
-        """``target(environment, *arguments)`` as ``world`` ranks that find each other; all must succeed."""
+    @staticmethod
+    def places(world: int) -> list[dict[str, str]]:
+        """The environments of ``world`` processes that find each other."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        shared = {
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        ranks = [
-            self._fork(target, ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, *arguments))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+        return [
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
             for rank in range(world)
         ]
+
+    def start_ranks(self, world: int, request: Path) -> list[ForkServerProcess]:
+        """Begin or resume a run with several processes, as torchrun starts them."""
+        return [self.start_rank(place, request) for place in self.places(world)]
+
+    def call_ranks(
+        self, world: int, function: Callable[..., Any], *arguments: Any, limit_s: float = _LIMIT_S
+    ) -> None:
+        """Call a module's function in ``world`` processes that can join one group; all must end well."""
+        ranks = [self._fork(call, (place, function, arguments)) for place in self.places(world)]
         until = time.monotonic() + limit_s
         while any(process.is_alive() for process in ranks) and time.monotonic() < until:
             if any(process.exitcode for process in ranks):  # the others wait for it in a collective

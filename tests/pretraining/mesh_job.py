@@ -254,9 +254,8 @@ def _status_bytes(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def export_memory(environment: dict[str, str], case: Case, folder: Path, max_shard_bytes: int) -> None:
+def export_memory(case: Case, folder: Path, max_shard_bytes: int) -> None:
     """Export a model of 404 MB (fp32) from two ranks; each writes down what that took."""
-    os.environ.update(environment)
     config = config_of(case)
     config = config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **WIDE})})
     architecture, ranks = model_config(config), join_processes(config)
@@ -299,9 +298,8 @@ def _exported_files(
     }
 
 
-def build(environment: dict[str, str], answer: Path) -> None:
+def build(answer: Path) -> None:
     """Build the model for every place of several meshes, and one large enough to measure; write down what came out."""
-    os.environ.update(environment)
     config = config_of(Case())
     architecture = model_config(config)
     built: dict[str, Any] = {"bf16 is fp32 rounded": []}
@@ -329,11 +327,10 @@ def build(environment: dict[str, str], answer: Path) -> None:
     torch.save(built, answer)
 
 
-def work(environment: dict[str, str], cases: list[Case], scratch: Path) -> None:
+def work(cases: list[Case], scratch: Path) -> None:
     """A rank: run the cases one after the other; the first rank writes what came out."""
-    os.environ.update(environment)
     answers = [train(case, scratch / str(number)) for number, case in enumerate(cases)]
-    if environment["RANK"] == "0":
+    if os.environ["RANK"] == "0":
         torch.save(answers, scratch / "answers.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

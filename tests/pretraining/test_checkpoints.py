@@ -151,7 +151,10 @@ def test_a_kill_before_the_commit_leaves_nothing_visible(tmp_path: Path) -> None
     assert names(draft) == []
     fill(draft, 10)
     store.commit(10)
-    assert verify(tmp_path / "step-00000010") == 10 and names(tmp_path) == ["step-00000005", "step-00000010"]
+    assert verify(tmp_path / "step-00000010") == (10, {}) and names(tmp_path) == [
+        "step-00000005",
+        "step-00000010",
+    ]
 
 
 def test_a_checkpoint_appears_by_one_rename(tmp_path: Path) -> None:
@@ -160,7 +163,7 @@ def test_a_checkpoint_appears_by_one_rename(tmp_path: Path) -> None:
     draft = store.prepare(5)
     fill(draft, 5)
     number = draft.stat().st_ino
-    assert store.commit(5).path.stat().st_ino == number and verify(tmp_path / "step-00000005") == 5
+    assert store.commit(5).path.stat().st_ino == number and verify(tmp_path / "step-00000005") == (5, {})
 
 
 def test_a_damaged_checkpoint_is_replaced_by_a_new_one(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def wanted(precision: str, routing: str) -> dict[str, Any]:
 def run(children: Children, folder: Path, *cases: Case) -> list[dict[str, Any]]:
     """The cases, one after the other on one set of ranks."""
     (world,) = {case.world for case in cases}
-    children.run_ranks(world, work, list(cases), folder, limit_s=150 + 20 * len(cases))
+    children.call_ranks(world, work, list(cases), folder, limit_s=150 + 20 * len(cases))
     answers: list[dict[str, Any]] = torch.load(folder / "answers.pt", weights_only=False)
     assert len(answers) == len(cases)
     return answers
@@ -157,7 +157,7 @@ def test_every_mesh_in_bf16(tmp_path: Path, children: Children, world: int) -> N
 @pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_an_export_holds_one_file(tmp_path: Path, children: Children, expert_parallel: int) -> None:
     """Files of at most 30 MB: the first rank needs one in memory, twice where it is written; the other nothing."""
-    children.run_ranks(2, export_memory, Case(2, expert_parallel), tmp_path, 30_000_000)
+    children.call_ranks(2, export_memory, Case(2, expert_parallel), tmp_path, 30_000_000)
     written = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     assert written > 400e6
     first, second = (int((tmp_path / f"rank{rank}").read_text()) for rank in range(2))
@@ -167,7 +167,7 @@ def test_an_export_holds_one_file(tmp_path: Path, children: Children, expert_par
 def test_building(tmp_path: Path, children: Children) -> None:
     """The same initial values on every mesh, of the right distribution, within the memory of the model itself."""
     path = tmp_path / "built.pt"
-    children.run_ranks(1, build, path)
+    children.call_ranks(1, build, path)
     built = torch.load(path, weights_only=False)
     assert built["bf16 is fp32 rounded"] and all(built["bf16 is fp32 rounded"])
     one = built["ep 1"]

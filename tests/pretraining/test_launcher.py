@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
-import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from components.pretraining.config import PretrainConfig
-from components.pretraining.launcher import launch_command
+from components.pretraining.launcher import launch_command, worker_environment
+from components.pretraining.presets import PRESETS
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
 from tests.pretraining.test_training import NOISE, lines, logged, saved
 
+PROJECT = Path(__file__).resolve().parent.parent.parent
 REQUEST = Path("/shared/request.json")
 STEPS = 2
 
@@ -59,6 +65,25 @@ def test_four_nodes_of_a_slurm_allocation() -> None:
     ]
 
 
+def test_torchrun_gives_workers_the_time_that_the_config_says() -> None:
+    config = PretrainConfig.model_validate(several(2, save_grace_s=77))
+    environment = worker_environment(config, {"HOME": "/h", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30"})
+    assert environment == {"HOME": "/h", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+
+
+def test_schedulers_warn_before_the_time_to_save_is_over() -> None:
+    grace = PRESETS["21b"]().save_grace_s
+    assert grace == PRESETS["4b"]().save_grace_s
+    batch = (PROJECT / "infra" / "slurm" / "pretrain.sbatch").read_text()
+    warning = re.search(r"^#SBATCH --signal=TERM@(\d+)$", batch, re.MULTILINE)
+    assert warning is not None and int(warning[1]) >= grace + 30 and "SHUTDOWN_TIMEOUT" not in batch
+    job = list(yaml.safe_load_all((PROJECT / "infra" / "kubernetes" / "pretrain.yaml").read_text()))[1]
+    pod = job["spec"]["template"]["spec"]
+    environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace)
+    assert pod["terminationGracePeriodSeconds"] >= grace + 30
+
+
 def assert_same_losses(out: Path, one: Path) -> None:
     """Training and held-out figures of two runs within 1e-5."""
     found, wanted = lines(out), lines(one)
@@ -82,19 +107,7 @@ def write_request(out: Path, tokens: Path, config: dict[str, Any]) -> Path:
 
 def run_ranks(children: Children, request: Path, world: int) -> tuple[list[int | None], dict[str, Any]]:
     """Start the workers as torchrun does; exit codes, and what the first rank wrote."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    ranks = [
-        children.start_rank({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, request)
-        for rank in range(world)
-    ]
+    ranks = children.start_ranks(world, request)
     for process in ranks:
         process.join(120)
     answer: dict[str, Any] = json.loads((request.parent / "result.json").read_text())
@@ -170,6 +183,61 @@ def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
         assert one["train/ce"] == pytest.approx(other["train/ce"], rel=1e-6)  # the same rows and weights
         assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-3, key
         assert one["train/load_balance_global"] == pytest.approx(other["train/load_balance_global"], rel=1e-6)
+
+
+SLOW_DISK = """
+import os, time
+flush = os.fsync
+def slow(descriptor):
+    if "/.step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        time.sleep(float(os.environ["SLOW_FSYNC_S"]))
+    flush(descriptor)
+os.fsync = slow
+"""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("grace_s", "saves"), [(120, True), (5, False)])
+def test_a_slow_save_gets_the_time_that_the_config_says(
+    tmp_path: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch, grace_s: int, saves: bool
+) -> None:
+    """A disk that takes 12 s for each of a process's two files and its folder: longer than torchrun's own 30 s."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SLOW_DISK)
+    out = tmp_path / "out"
+    config = several(2, steps=300, save_grace_s=grace_s, checkpoint_every_steps=10_000)
+    request = {"config": config, "tokens": str(tokens), "out": str(out)}
+    program = (
+        "import json, sys; from pathlib import Path; from tests.pretraining.children import train\n"
+        "r = json.loads(sys.argv[1]); train(Path(r['tokens']), Path(r['out']), r['config'], Path(sys.argv[2]))"
+    )
+    answer = tmp_path / "answer.json"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path / 'site'}:{PROJECT}",
+        "SLOW_FSYNC_S": "12",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, json.dumps(request), str(answer)], cwd=PROJECT, env=environment
+    )
+    try:
+        until = time.monotonic() + 200
+        while logged(out) < 3 and time.monotonic() < until and process.poll() is None:
+            time.sleep(0.1)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.wait(300)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    taken_s = time.monotonic() - began
+    said = json.loads(answer.read_text())["error"]
+    if saves:
+        assert taken_s > 32 and "Stopped by SIGTERM at step" in said, (taken_s, said)
+        assert len(saved(out)) == 1
+    else:
+        assert taken_s < 30 and "A training process died" in said, (taken_s, said)
+        assert saved(out) == []
 
 
 @pytest.mark.campaign

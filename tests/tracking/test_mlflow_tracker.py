@@ -103,6 +103,49 @@ def test_a_killed_stage_continues_its_run_with_every_step_once(uri, tmp_path):
     ]
 
 
+def write_line(folder: Path, step: int, **metrics: float) -> None:
+    with (folder / "metrics.jsonl").open("a") as handle:
+        handle.write(json.dumps({"step": step, "time_s": 1.0 + step, "metrics": metrics}) + "\n")
+
+
+def histories(tracker: MlflowTracker, stage: str) -> dict[str, list[int]]:
+    """Steps by metric, as MLflow has them, of the only run of a stage."""
+    (run,) = children(tracker, stage=stage)
+    return {
+        name: [point.step for point in tracker._client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+
+
+def test_lines_of_one_step_that_are_written_one_after_the_other_all_arrive_once(uri, tmp_path):
+    """A stage's last training line is logged, and read, minutes before the evaluation at the same step."""
+    folder = tmp_path / "pretrain"
+    folder.mkdir()
+    identity = make_identity("pretrain", "9" * 64)
+    tracker = make_tracker(uri, tmp_path, "9" * 64)
+    tracker.stage_started(identity, folder)
+    for step, name in ((10, "loss"), (10, "heldout"), (10, "heldout_start"), (20, "loss")):
+        write_line(folder, step, **{name: 1.0})
+        tracker.metrics_written(identity, folder)
+    wanted = {"loss": [10, 20], "heldout": [10], "heldout_start": [10]}
+    assert histories(tracker, "pretrain") == wanted
+
+    # Killed; the stage goes back to step 10 with a new file that has outgrown the old one when it is read first.
+    (folder / "metrics.jsonl").rename(folder / "old")
+    for step, name in ((10, "loss"), (10, "heldout"), (10, "heldout_start"), (20, "loss"), (20, "heldout")):
+        write_line(folder, step, **{name: 1.0})
+    tracker.metrics_written(identity, folder)
+    assert histories(tracker, "pretrain") == {**wanted, "heldout": [10, 20]}
+
+    # Another process, whose predecessor died between sending and any note about it.
+    (folder / ".tracking.json").write_text(json.dumps({"run_id": tracker._runs[identity.fingerprint]}))
+    resumed = make_tracker(uri, tmp_path, "9" * 64)
+    resumed.stage_started(identity, folder)
+    write_line(folder, 30, loss=1.0)
+    resumed.metrics_written(identity, folder)
+    assert histories(resumed, "pretrain") == {**wanted, "heldout": [10, 20], "loss": [10, 20, 30]}
+
+
 def test_a_cached_stage_appears_in_a_new_pipeline_with_a_link_and_only_once(uri, tmp_path):
     folder = tmp_path / "curate"
     folder.mkdir()

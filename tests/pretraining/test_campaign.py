@@ -1,0 +1,235 @@
+"""Campaigns: dozens of ``kill -9`` leave no trace, and a thousand damaged bytes are all found.
+
+``pytest -m campaign tests/pretraining/test_campaign.py -s`` prints where the kills fell.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from components.pretraining.checkpoints import CHECKSUMS_NAME, CheckpointStore
+from components.pretraining.config import PretrainConfig
+from tests.pretraining.children import Child, Children
+from tests.pretraining.conftest import Finished
+from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
+from tests.pretraining.test_launcher import write_request
+from tests.pretraining.test_training import assert_same_result, drafts, lines, logged, saved
+
+pytestmark = pytest.mark.campaign
+STEPS_EACH = 70
+
+
+def campaign_config(**values: Any) -> dict[str, Any]:
+    size = STEPS_EACH * BATCH * CONTEXT
+    return run_config(
+        model={"preset": "nano", "overrides": {**MODEL, "hidden_size": 64, "moe_num_primary_experts": 8}},
+        stages=[
+            stage_config(tokens=size),
+            stage_config(tokens=size),
+            stage_config(tokens=size, context=2 * CONTEXT, sequences_per_step=BATCH // 2, rope_theta=1.5e6),
+        ],
+        **values,
+    )
+
+
+def assert_same_tensors(one: Any, other: Any, where: str) -> int:
+    """Equal to bits, whatever containers they are in; how many tensors there were."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+        return 1
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        return sum(assert_same_tensors(one[key], other[key], f"{where}.{key}") for key in one)
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        return sum(
+            assert_same_tensors(a, b, f"{where}[{i}]")
+            for i, (a, b) in enumerate(zip(one, other, strict=True))
+        )
+    if isinstance(one, bool | int | float | str | None):
+        assert one == other, where
+    return 0
+
+
+def assert_same_checkpoint(out: Path, whole: Path) -> None:
+    """The last checkpoint: weights, moments, steps, and the trainer's state, from which the data order follows."""
+    folders = [folder / ".work" / "checkpoints" / f"step-{saved(folder)[-1]:08d}" for folder in (out, whole)]
+    names = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.pt")) for folder in folders]
+    assert names[0] == names[1] and len(names[0]) >= 2
+    count = 0
+    for name in names[0]:
+        one, other = (torch.load(folder / name, weights_only=False) for folder in folders)
+        if "trainer" in one:
+            assert one["trainer"] == other["trainer"] and one["trainer"]["step"] == saved(whole)[-1]
+        count += assert_same_tensors(one, other, name)
+    assert count > 25
+
+
+def is_sealing(out: Path) -> bool:
+    return any((out / ".work" / "checkpoints").glob(f".step-*/{CHECKSUMS_NAME}"))
+
+
+def is_writing(out: Path) -> bool:
+    return bool(drafts(out)) and not is_sealing(out)
+
+
+def is_exporting(out: Path) -> bool:
+    return any((out / ".work").glob("export-*"))
+
+
+def plan_of_kills(dice: random.Random) -> list[tuple[int, str, Callable[[Path], bool] | None]]:
+    """Twenty kills as (step that must be logged, name, what to catch), in the order of the run.
+
+    Fourteen are spread over the steps, since on a busy machine a spread over seconds would put most into the starts.
+    """
+    last = 3 * STEPS_EACH - 6
+    kills: list[tuple[int, str, Callable[[Path], bool] | None]] = [
+        (dice.randrange(0, last), "uniform", None) for _ in range(14)
+    ]
+    kills += [(dice.randrange(0, last), "writing", is_writing) for _ in range(2)]
+    kills += [(dice.randrange(0, last), "sealing", is_sealing) for _ in range(2)]
+    kills += [(number * STEPS_EACH, "export", is_exporting) for number in (1, 2)]
+    return sorted(kills, key=lambda kill: kill[0])
+
+
+def fall(out: Path) -> str:
+    """Where the run stood when it was killed."""
+    stages = [path.name for path in sorted(out.glob("stage?"))]
+    state = "saving" if drafts(out) else "exporting" if is_exporting(out) else "between"
+    return f"logged {logged(out)}, saved {saved(out)[-1:]}, finished {len(stages)}, {state}"
+
+
+def test_twenty_kills(tmp_path: Path, tokens: Path, children: Children) -> None:
+    config = campaign_config()
+    began = time.monotonic()
+    whole = Finished(tmp_path / "whole", children.run(tokens, tmp_path / "whole", config))
+    alone_s = time.monotonic() - began
+    out, dice = tmp_path / "out", random.Random(20260728)
+    began, kills, ended_early = time.monotonic(), 0, 0
+    for target, name, aim in plan_of_kills(dice):
+        child: Child = children.start(tokens, out, config)
+        if aim is None:
+            while child.alive and logged(out) < target:
+                time.sleep(0.003)
+            time.sleep(dice.uniform(0.0, 2 * alone_s / STEPS_EACH))  # within about six steps
+            if not child.alive:
+                ended_early += 1
+                continue
+        else:
+            child.freeze_when(lambda aim=aim, target=target: logged(out) >= target and aim(out))  # type: ignore[misc]
+        child.kill()
+        kills += 1
+        print(f"\nkill {kills:2} {name:8} {fall(out)}")
+    answer = children.run(tokens, out, config)
+    print(
+        f"{kills} kills, {ended_early} too late; {alone_s:.1f} s alone, {time.monotonic() - began:.1f} s with kills"
+    )
+    assert kills >= 18 and ended_early <= 2
+    assert answer["metrics"] == whole.answer["metrics"]
+    assert_same_result(out, whole)
+    assert_same_checkpoint(out, whole.out)
+    assert drafts(out) == [] and saved(out) == saved(whole.out)
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_kills_of_two_processes(
+    tmp_path: Path, tokens: Path, children: Children, expert_parallel: int
+) -> None:
+    values: dict[str, Any] = {"processes": 2, "zero_stage": 2}
+    if expert_parallel > 1:
+        if "expert_parallel" not in PretrainConfig.model_fields:
+            pytest.skip("there is no expert parallelism yet")
+        values["expert_parallel"] = expert_parallel
+    config = campaign_config(**values)
+    dice = random.Random(7)
+
+    def start(place: Path) -> list[Any]:
+        request = place / ".work" / "request.json"
+        if not request.exists():
+            write_request(place, tokens, config)
+        request.with_name("result.json").unlink(missing_ok=True)
+        return children.start_ranks(2, request)
+
+    def end(place: Path, ranks: list[Any]) -> dict[str, Any]:
+        for process in ranks:
+            process.join(240)
+        assert [process.exitcode for process in ranks] == [0, 0]
+        answer: dict[str, Any] = json.loads((place / ".work" / "result.json").read_text())
+        return answer
+
+    began = time.monotonic()
+    wanted = end(tmp_path / "whole", start(tmp_path / "whole"))
+    alone_s = time.monotonic() - began
+    out, kills = tmp_path / "out", 0
+    for number, target in enumerate(sorted(dice.randrange(0, 3 * STEPS_EACH - 6) for _ in range(6))):
+        ranks = start(out)
+        while ranks[0].is_alive() and logged(out) < target:
+            time.sleep(0.003)
+        while number % 3 == 2 and ranks[0].is_alive() and not drafts(out):
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0.0, 2 * alone_s / STEPS_EACH) if number % 3 != 2 else 0.0)
+        if not all(process.is_alive() for process in ranks):
+            continue
+        dice.shuffle(ranks)
+        for process in ranks:  # torchrun ends the others when one dies; the machine may take them all at once
+            process.kill()
+            time.sleep(dice.choice([0.0, 0.05]))
+        for process in ranks:
+            process.join(30)
+            assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        print(f"\nkill {kills} of both: {fall(out)}")
+    answer = end(out, start(out))
+    print(f"{kills} kills; {alone_s:.1f} s alone, {time.monotonic() - began - alone_s:.1f} s with kills")
+    assert kills >= 4
+    assert answer["evaluations"] == wanted["evaluations"]
+    assert lines(out) == lines(tmp_path / "whole")
+    for stage in ("stage1", "stage2", "stage3"):
+        weights = [folder / stage / "model.safetensors" for folder in (out, tmp_path / "whole")]
+        assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert_same_checkpoint(out, tmp_path / "whole")
+
+
+def test_a_thousand_damaged_files_are_all_found(tmp_path: Path, whole: Finished) -> None:
+    """Flips and cuts over every file of a real checkpoint; the one before it is used instead."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole.out / ".work" / "checkpoints", folder)
+    store = CheckpointStore(folder, 5)
+    before, newest = saved(whole.out)
+    files = sorted(path for path in (folder / f"step-{newest:08d}").rglob("*") if path.is_file())
+    contents = {path: path.read_bytes() for path in files}
+    dice = random.Random(11)
+    found, hit = 0, dict.fromkeys(files, 0)
+    began = time.monotonic()
+    for number in range(1000):
+        # Every second one by bytes, so that large files get most; the others by file, so that small ones get some.
+        path = dice.choices(files, [len(contents[p]) for p in files])[0] if number % 2 else dice.choice(files)
+        content = contents[path]
+        if not content:
+            continue
+        place = dice.randrange(len(content))
+        if number % 5 == 0:
+            path.write_bytes(content[:place])
+        else:
+            with path.open("r+b") as handle:
+                handle.seek(place)
+                handle.write(bytes([content[place] ^ (1 << dice.randrange(8))]))
+        checkpoint, complaints = store.newest()
+        path.write_bytes(content)
+        assert checkpoint is not None and checkpoint.step == before and len(complaints) == 1, (path, place)
+        found, hit[path] = found + 1, hit[path] + 1
+    checkpoint, complaints = store.newest()
+    assert checkpoint is not None and checkpoint.step == newest and complaints == []
+    print(f"{found} damages found in {time.monotonic() - began:.0f} s:")
+    print("\n".join(f"{count:4} in {path.name} ({len(contents[path])} bytes)" for path, count in hit.items()))
+    assert found >= 1000 and min(hit.values()) > 10
