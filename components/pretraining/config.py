@@ -194,10 +194,7 @@ class PretrainConfig(StageConfig):
         description="neighbouring processes that share one copy of the experts; divides processes and experts",
     )
     loss_chunk_tokens: int = Field(
-        default=0,
-        ge=0,
-        le=1 << 20,
-        description="positions whose logits are held at once; 0: all of a micro-batch",
+        default=256, ge=1, le=1 << 20, description="positions whose logits are held at once"
     )
     activation_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -179,7 +179,7 @@ def memory_by_part(
     layer_bytes = tokens * (6 * model.hidden_size + 4 * heads) * width_bytes + routed_bytes
     residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
     layers = model.num_hidden_layers
-    logits = min(tokens, config.loss_chunk_tokens or tokens) * model.vocab_size * (2 * width_bytes + 8)
+    logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * (2 * width_bytes + 8)
     activations = residual_bytes + layer_bytes if config.activation_checkpointing else layer_bytes * layers
     parts = {
         "weights": float(held * width_bytes),

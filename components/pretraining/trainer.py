@@ -12,7 +12,6 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from components.artifacts import METRICS_NAME, StageContext, StageError
 from components.pretraining.agreement import Agreement
-from components.pretraining.batches import BatchSource, MicroBatch
+from components.pretraining.batches import BatchSource
 from components.pretraining.building import initial_model
 from components.pretraining.checkpoints import CheckpointStore
 from components.pretraining.config import PretrainConfig
@@ -33,7 +32,6 @@ from components.pretraining.engine import (
 )
 from components.pretraining.flops import training_flops_per_token
 from components.pretraining.guard import LossGuard, averaged_grad_norm, drop_step
-from components.pretraining.head_loss import fused_token_losses, token_losses
 from components.pretraining.heldout import HELD_OUT_SPLIT, TRAIN_SPLIT, HeldOut, fit_bigram
 from components.pretraining.interruption import Interruption
 from components.pretraining.master_weights import MasterWeights, export_model
@@ -41,12 +39,8 @@ from components.pretraining.progress import RunRecord, align_metrics, evaluation
 from components.pretraining.replay import describe_run
 from components.pretraining.resharding import Division, load_universal, universal
 from components.pretraining.saving import Saver, find_newest
-from components.pretraining.telemetry import (
-    Interval,
-    Layout,
-    RouterEntropy,
-    StepMeter,
-)
+from components.pretraining.telemetry import Interval
+from components.pretraining.training_step import TrainingStep
 from components.tokenization import TokenShards
 from model import PRESETS, ConfigError, SmallThinkerConfig, preset
 
@@ -134,14 +128,8 @@ class Trainer:
         self._metrics_path = context.out / METRICS_NAME
         model = initial_model(config, self._architecture, ranks.device, ranks.dtype, ranks.mesh(config))
         self._engine = build_engine(model, config, ranks)
-        self._entropy = RouterEntropy(self._engine.module)
-        layout = Layout(
-            self._architecture.num_hidden_layers,
-            self._architecture.moe_num_primary_experts,
-            self._architecture.moe_num_active_primary_experts,
-            self._architecture.moe_ffn_hidden_size,
-        )
-        self._meter, self._interval = StepMeter(layout, ranks), Interval(layout)
+        self._training = TrainingStep(self._engine, config, self._source, ranks)
+        self._interval = Interval(self._training.layout)
         self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
         self._division = Division.of(config, ranks)
         self._agreement = Agreement(ranks)
@@ -204,72 +192,18 @@ class Trainer:
 
     # ---------------------------------------------------------------- one step
 
-    def _forward(self, batch: MicroBatch, through: Any) -> Any:
-        """One forward pass of the model, or of the engine around it, which takes part in the backward pass."""
-        device, chunk = self._ranks.device, self._config.loss_chunk_tokens
-        return through(
-            input_ids=batch.input_ids_BT.to(device, non_blocking=True),
-            document_ids=batch.document_ids_BT.to(device, non_blocking=True),
-            use_cache=False,
-            logits_to_keep=1 if chunk else 0,
-            output_hidden_states=bool(chunk),
-        )
-
-    def _micro_step(self, batch: MicroBatch) -> None:
-        """Forward and backward of one micro-batch."""
-        config, engine = self._config, self._engine
-        labels_BT = batch.labels_BT.to(self._ranks.device, non_blocking=True)
-        out = self._forward(batch, engine)
-        if config.loss_chunk_tokens:
-            head_VD = engine.module.lm_head.weight
-            ce, losses_BT = fused_token_losses(
-                out.hidden_states[-1], head_VD, labels_BT, config.loss_chunk_tokens
-            )
-        else:
-            losses_BT = token_losses(out.logits, labels_BT)
-            ce = losses_BT.mean()
-        loss = (
-            ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
-        )
-        self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
-        engine.backward(loss)
-
-    def _count_exactly(self, group: Sequence[MicroBatch]) -> None:
-        """Run a load-balance group once without gradients, so that its counts are those of all its tokens."""
-        with torch.no_grad(), self._engine.module.balance.counting():
-            for batch in group:
-                self._forward(batch, self._engine.module)
-                self._entropy.take()
-
     def _train_step(self, bar: Any) -> float:
-        """Forward, backward and update of the current step; returns seconds spent waiting for data."""
-        step, config, engine = self._step, self._config, self._engine
-        began = time.perf_counter()
-        groups = self._source.rank_groups(step, self._ranks.rank, self._ranks.world)
-        waited_s = time.perf_counter() - began
+        """Gradients and update of the current step; returns seconds spent waiting for data."""
+        step, engine = self._step, self._engine
         rate = self._curriculum.learning_rate(step)
         for parameters in engine.optimizer.param_groups:
             parameters["lr"] = rate
-        engine.train()
-        self._meter.reset()
-        left, balance = sum(map(len, groups)), engine.module.balance
-        for group in groups:
-            if config.load_balance_counts == "exact":
-                self._count_exactly(group)
-            for batch in group:
-                self._micro_step(batch)
-                left -= 1
-                if left:
-                    engine.step()  # counts the micro-step
-            self._meter.add_group(balance.counts)
-            balance.reset()
-        pooled = self._meter.pooled()
-        mean_loss, grad_norm = float(pooled[1] / pooled[0]), averaged_grad_norm(engine)
-        complaint = self._guard.judge(mean_loss, grad_norm)
+        gradients, grad_norm = self._training.gradients(step), averaged_grad_norm(engine)
+        complaint = self._guard.judge(gradients.loss, grad_norm)
         if complaint is None:
             engine.step()
-            self._guard.accept(mean_loss)
-            self._interval.add(pooled, grad_norm)
+            self._guard.accept(gradients.loss)
+            self._interval.add(gradients.pooled, grad_norm)
         else:
             self._guard.refuse(step, complaint, self._source.sequences(step).describe())
             drop_step(engine)
@@ -278,8 +212,8 @@ class Trainer:
                 self._guard.write(self._context.out)
         self._step += 1
         bar.update()
-        bar.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
-        return waited_s
+        bar.set_postfix(loss=f"{gradients.loss:.3f}", refresh=False)
+        return gradients.waited_s
 
     def _train_stage(self, span: StageSpan) -> None:
         enter_stage(self._engine, self._config, span.index, self._ranks.world)

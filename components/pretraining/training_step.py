@@ -16,7 +16,7 @@ from torch import Tensor
 from components.pretraining.batches import BatchSource, MicroBatch
 from components.pretraining.config import PretrainConfig
 from components.pretraining.engine import Ranks
-from components.pretraining.head_loss import fused_token_losses, token_losses
+from components.pretraining.head_loss import fused_token_losses
 from components.pretraining.profiling import part
 from components.pretraining.telemetry import Layout, RouterEntropy, StepMeter
 
@@ -54,13 +54,13 @@ class TrainingStep:
 
     def _forward(self, batch: MicroBatch, through: Any) -> Any:
         """One forward pass of the model, or of the engine around it, which takes part in the backward pass."""
-        device, chunk = self._ranks.device, self._config.loss_chunk_tokens
+        device = self._ranks.device
         return through(
             input_ids=batch.input_ids_BT.to(device, non_blocking=True),
             document_ids=batch.document_ids_BT.to(device, non_blocking=True),
             use_cache=False,
-            logits_to_keep=1 if chunk else 0,
-            output_hidden_states=bool(chunk),
+            logits_to_keep=1,  # the loss applies the output matrix itself
+            output_hidden_states=True,
         )
 
     def _micro_step(self, batch: MicroBatch) -> None:
@@ -69,14 +69,9 @@ class TrainingStep:
         labels_BT = batch.labels_BT.to(self._ranks.device, non_blocking=True)
         out = self._forward(batch, engine)
         with part("head and loss"):
-            if config.loss_chunk_tokens:
-                head_VD = engine.module.lm_head.weight
-                ce, losses_BT = fused_token_losses(
-                    out.hidden_states[-1], head_VD, labels_BT, config.loss_chunk_tokens
-                )
-            else:
-                losses_BT = token_losses(out.logits, labels_BT)
-                ce = losses_BT.mean()
+            ce, losses_BT = fused_token_losses(
+                out.hidden_states[-1], engine.module.lm_head.weight, labels_BT, config.loss_chunk_tokens
+            )
             loss = (
                 ce
                 + config.load_balance_coef * out.load_balance_loss

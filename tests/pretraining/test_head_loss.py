@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.pretraining.head_loss import fused_token_losses, token_losses
+from components.pretraining.head_loss import (
+    _as_one_kernel,
+    _losses_and_gradient,
+    fused_token_losses,
+    token_losses,
+)
 
 
 def example(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,6 +48,17 @@ def test_chunks_in_bfloat16_are_added_in_float32() -> None:
     (wanted,) = torch.autograd.grad(exact, exact_VD)
     assert found.dtype == torch.bfloat16
     assert (found.double() - wanted).norm() < 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_the_gradient_are_the_same(dtype: torch.dtype) -> None:
+    """The one that GPUs compile, and the one that CPUs run."""
+    torch.manual_seed(2)
+    logits_rV, labels_r = (4 * torch.randn(9, 13)).to(dtype), torch.randint(0, 13, (9,))
+    wanted = _as_one_kernel(logits_rV, labels_r)
+    for one, other in zip(_losses_and_gradient(logits_rV.clone(), labels_r), wanted, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
 
 
 def test_without_gradients_none_are_made() -> None:
