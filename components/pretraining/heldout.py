@@ -185,7 +185,8 @@ class HeldOut:
                         nats_C[category] += nats
                     else:
                         # Ranks that share experts exchange rows in every layer: one without a batch joins with padding.
-                        padding_BT = torch.full((1, 2), self._eos_id, device=ranks.device)
+                        shape = batches[first][0][:, :-1].shape
+                        padding_BT = torch.full(shape, self._eos_id, device=ranks.device)
                         out = model(
                             input_ids=padding_BT,
                             document_ids=torch.full_like(padding_BT, -1),

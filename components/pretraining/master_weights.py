@@ -52,9 +52,12 @@ class MasterWeights:
             held[official] = (start, mapping.hp_fragment.numel())
         # Per rank and parameter: first element (of all experts' stack) and number of elements.
         self._held: list[dict[str, tuple[int, int]]] = [held]
+        self._group = None
         if ranks.world > 1:
+            # Between hosts: NCCL would set up a channel with buffers on the GPU from the first rank to every other.
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
             self._held = [{} for _ in range(ranks.world)]
-            dist.all_gather_object(self._held, held)
+            dist.all_gather_object(self._held, held, group=self._group)
 
     def read(self, entry: OfficialTensor) -> Tensor:
         """A tensor of the official layout: on the first rank on the CPU, on the others an empty one."""
@@ -74,15 +77,14 @@ class MasterWeights:
                 continue
             filled += last - first
             if rank == self._ranks.rank:
-                piece = self._pieces[name].view(-1)[first - start : last - start].detach().to(self._dtype)
+                piece = self._pieces[name].view(-1)[first - start : last - start].detach()
+                piece = piece.to("cpu", self._dtype)
                 if rank > 0:
-                    dist.send(piece.contiguous(), dst=0)
+                    dist.send(piece, dst=0, group=self._group)
                 else:
                     out[first - begin : last - begin] = piece
             elif self._ranks.is_first:
-                piece = torch.empty(last - first, dtype=self._dtype, device=self._ranks.device)
-                dist.recv(piece, src=rank)
-                out[first - begin : last - begin] = piece
+                dist.recv(out[first - begin : last - begin], src=rank, group=self._group)
         assert filled == size, f"the ranks hold {filled} of the {size} elements of {entry.name}"
         return out.view(entry.shape) if self._ranks.is_first else out
 

@@ -26,9 +26,10 @@ from components.pretraining.engine import (
     parameter_groups,
     save_engine,
 )
+from components.pretraining.head_loss import token_losses
 from components.pretraining.master_weights import MasterWeights, export_model
 from components.pretraining.mesh import Mesh, official_parameter
-from components.pretraining.telemetry import Layout, RouterEntropy, StepMeter, token_losses
+from components.pretraining.telemetry import Layout, RouterEntropy, StepMeter
 from components.pretraining.trainer import model_config
 from model import LoadBalance, SmallThinkerConfig, SmallThinkerForCausalLM
 from tests.pretraining.factory import MODEL, run_config
@@ -97,7 +98,7 @@ def sequences(step: int) -> Tensor:
 
 
 def rank_batches(step: int, rank: int, world: int) -> list[MicroBatch]:
-    """As ``BatchSource.rank_batch`` deals out rows."""
+    """As ``BatchSource.rank_groups`` deals out rows."""
     rows, size = sequences(step), BATCH // (MICRO_STEPS * world)
     batches = []
     for micro_step in range(MICRO_STEPS):
@@ -172,6 +173,7 @@ def reference(case: Case) -> dict[str, Any]:
         optimizer.zero_grad()
         for batch in rank_batches(step, 0, 1):
             (loss_of(model, batch, config, meter, entropy) / MICRO_STEPS).backward()
+        meter.add_group(model.balance.counts)
         model.balance.reset()
         answer["gradients"].append({n: p.grad.clone() for n, p in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
@@ -230,6 +232,7 @@ def train(case: Case, scratch: Path) -> dict[str, Any]:
             if number < len(batches):
                 engine.step()
         answer["gradients"].append(_joined(engine, safe_get_full_grad))
+        meter.add_group(engine.module.balance.counts)
         engine.step()
         engine.module.balance.reset()
         answer["norms"].append(float(engine.get_global_grad_norm()))

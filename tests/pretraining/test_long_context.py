@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from components.artifacts import StageError
+from components.pretraining.building import initial_model
 from components.pretraining.config import PretrainConfig
 from components.pretraining.long_context import compare, document_beginnings, measure, nats_by_position
-from components.pretraining.trainer import initial_model, model_config
+from components.pretraining.trainer import model_config
 from tests.pretraining.factory import CONTEXT, run_config
 
 EOS = 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from components.pretraining.building import initial_model
 from components.pretraining.config import PretrainConfig
 from components.pretraining.profiling import PARTS, StepProfile, part
-from components.pretraining.trainer import initial_model, model_config
+from components.pretraining.trainer import model_config
 from tests.pretraining.factory import CONTEXT, run_config
 
 
