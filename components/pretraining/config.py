@@ -125,6 +125,7 @@ class PretrainConfig(StageConfig):
             "threads",
             "device",
             "hardware",
+            "expert_parallel",
             "zero_stage",
             "sequences_per_micro_batch",
             "loss_chunk_tokens",

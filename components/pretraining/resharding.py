@@ -48,7 +48,7 @@ class Division:
     @classmethod
     def of(cls, config: PretrainConfig, ranks: Ranks) -> Division:
         """That of this run."""
-        return cls(ranks.world, getattr(config, "expert_parallel", 1), config.zero_stage, ranks.precision)
+        return cls(ranks.world, config.expert_parallel, config.zero_stage, ranks.precision)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Division:

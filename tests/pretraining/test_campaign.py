@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.pretraining.checkpoints import CHECKSUMS_NAME, CheckpointStore
-from components.pretraining.config import PretrainConfig
+from components.pretraining.checkpoints import CheckpointStore
 from tests.pretraining.children import Child, Children
 from tests.pretraining.conftest import Finished
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
@@ -26,7 +26,7 @@ from tests.pretraining.test_launcher import write_request
 from tests.pretraining.test_training import assert_same_result, drafts, lines, logged, saved
 
 pytestmark = pytest.mark.campaign
-STEPS_EACH = 70
+STEPS_EACH = 50
 
 
 def campaign_config(**values: Any) -> dict[str, Any]:
@@ -76,7 +76,9 @@ def assert_same_checkpoint(out: Path, whole: Path) -> None:
 
 
 def is_sealing(out: Path) -> bool:
-    return any((out / ".work" / "checkpoints").glob(f".step-*/{CHECKSUMS_NAME}"))
+    """DeepSpeed's last file is whole (the end of a zip is written last), and the checkpoint is not visible yet."""
+    parts = (out / ".work" / "checkpoints").glob(".step-*/*zero_pp_rank_0*")
+    return any(zipfile.is_zipfile(part) for part in parts)
 
 
 def is_writing(out: Path) -> bool:
@@ -92,7 +94,7 @@ def plan_of_kills(dice: random.Random) -> list[tuple[int, str, Callable[[Path], 
 
     Fourteen are spread over the steps, since on a busy machine a spread over seconds would put most into the starts.
     """
-    last = 3 * STEPS_EACH - 6
+    last = 3 * STEPS_EACH - 15
     kills: list[tuple[int, str, Callable[[Path], bool] | None]] = [
         (dice.randrange(0, last), "uniform", None) for _ in range(14)
     ]
@@ -126,7 +128,11 @@ def test_twenty_kills(tmp_path: Path, tokens: Path, children: Children) -> None:
                 ended_early += 1
                 continue
         else:
-            child.freeze_when(lambda aim=aim, target=target: logged(out) >= target and aim(out))  # type: ignore[misc]
+            try:
+                child.freeze_when(lambda aim=aim, target=target: logged(out) >= target and aim(out))  # type: ignore[misc]
+            except AssertionError:
+                ended_early += 1
+                continue
         child.kill()
         kills += 1
         print(f"\nkill {kills:2} {name:8} {fall(out)}")
@@ -146,10 +152,7 @@ def test_kills_of_two_processes(
     tmp_path: Path, tokens: Path, children: Children, expert_parallel: int
 ) -> None:
     values: dict[str, Any] = {"processes": 2, "zero_stage": 2}
-    if expert_parallel > 1:
-        if "expert_parallel" not in PretrainConfig.model_fields:
-            pytest.skip("there is no expert parallelism yet")
-        values["expert_parallel"] = expert_parallel
+    values["expert_parallel"] = expert_parallel
     config = campaign_config(**values)
     dice = random.Random(7)
 

@@ -167,7 +167,6 @@ def test_one_two_four_one(tmp_path: Path, children: Children, precision: str, ze
 
 
 @pytest.mark.campaign
-@pytest.mark.skipif("expert_parallel" not in PretrainConfig.model_fields, reason="no expert parallelism yet")
 @pytest.mark.parametrize(
     ("precision", "zero_stage", "meshes"),
     [

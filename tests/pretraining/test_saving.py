@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.checkpoint_engine = self.Writer()
+        self.module = SimpleNamespace()
 
     def save_checkpoint(self, folder: str, tag: str, client_state: Any, save_latest: bool) -> None:
         for name in ("model.pt", "optimizer.pt"):
