@@ -197,6 +197,10 @@ class PretrainConfig(StageConfig):
     loss_chunk_tokens: int = Field(
         default=256, ge=1, le=1 << 20, description="positions whose logits are held at once"
     )
+    compile_layers: bool = Field(
+        default=False,
+        description="compile attention and norms of each layer (torch.compile), not the experts",
+    )
     activation_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one"

@@ -153,6 +153,13 @@ def _quieten() -> None:
     logger.setLevel(logging.WARNING)
 
 
+def compile_layers(model: SmallThinkerForCausalLM) -> None:
+    """Compile attention and norms of every layer in place: all have the same shapes, so each compiles once."""
+    for layer in model.model.layers:
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm"):
+            layer.get_submodule(name).compile()
+
+
 def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
     """Wrap the model into a DeepSpeed engine with AdamW.
 
@@ -176,6 +183,8 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
     model.balance = LoadBalance(_balance_group(config, ranks))
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
+    if config.compile_layers:
+        compile_layers(model)
     part = config.optimizer
     optimizer = torch.optim.AdamW(
         parameter_groups(model, part.weight_decay),

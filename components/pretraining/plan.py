@@ -1,4 +1,4 @@
-"""What a run will cost and what it lacks, before anything is spent: ``python -m components.pretraining.plan 21b``.
+"""What a run will cost and what it lacks, before anything is spent: ``python -m flows.pretrain --recipe 21b --plan``.
 
 ``plan(...)`` counts parameters on the meta device, memory per GPU by part, tokens, FLOPs and days;
 ``preflight(config)`` lists what this machine lacks (the runner asks it before it starts any stage).
@@ -6,14 +6,11 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
@@ -76,12 +73,18 @@ class Plan:
     exchanged_bytes: float
     mfu: float
     peak_tflops: float
+    kept_checkpoints: int
     problems: tuple[str, ...]
 
     @property
     def tokens(self) -> float:
         """Training tokens of all stages."""
         return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """Size of a checkpoint: weights in the working dtype, fp32 master weights and two moments."""
+        return self.parameters * (12.0 + (4 if self.precision == "fp32" else 2))
 
     def render(self) -> str:
         """The plan as text, one fact per line."""
@@ -94,6 +97,7 @@ class Plan:
             f"{self.precision}",
             f"memory      {total / _GB:.1f} GB of {self.memory_limit_bytes / _GB:.0f} GB per GPU",
             *(f"  {name:<26}{size / _GB:8.2f} GB" for name, size in self.memory_bytes.items()),
+            f"checkpoint  {self.checkpoint_bytes / _GB:,.0f} GB each, {self.kept_checkpoints} kept",
             f"tokens      {self.tokens:.4g} in {sum(s.steps for s in self.stages):,} steps",
         ]
         for stage in self.stages:
@@ -180,6 +184,7 @@ def memory_by_part(
     residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
     layers = model.num_hidden_layers
     logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * (2 * width_bytes + 8)
+    logits += model.vocab_size * model.hidden_size * 4  # the output matrix's gradient is gathered in fp32
     activations = residual_bytes + layer_bytes if config.activation_checkpointing else layer_bytes * layers
     parts = {
         "weights": float(held * width_bytes),
@@ -238,6 +243,11 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
                 days=tokens * flops / speed / 86_400,
             )
         )
+    groups = config.load_balance_groups
+    if groups % processes and processes % groups:
+        problems.append(
+            f"load_balance_groups is {groups}; on {processes} processes it must divide them or be a multiple of them"
+        )
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:
         problems.append(f"{needed / _GB:.0f} GB per GPU are needed and {limit / _GB:.0f} GB are there")
@@ -257,6 +267,7 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         exchanged_bytes=exchanged_bytes_per_token(model, config),
         mfu=hardware.assumed_mfu,
         peak_tflops=hardware.peak_tflops,
+        kept_checkpoints=config.keep_checkpoints,
         problems=tuple(problems),
     )
 
@@ -314,38 +325,3 @@ def describe(config: PretrainConfig) -> str:
 def describe_on_gpus(config: PretrainConfig) -> str:
     """The plan of a recipe that asks for GPUs; empty for one that runs on whatever there is."""
     return describe(config) if config.hardware.gpus else ""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print plan and preflight of a recipe; returns 1 when something is missing."""
-    from components.pretraining.engine import deepspeed_config
-    from components.pretraining.presets import PRESETS
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("recipe", choices=sorted(PRESETS))
-    parser.add_argument("--deepspeed", action="store_true", help="print DeepSpeed's config as JSON instead")
-    arguments = parser.parse_args(argv)
-    config = PRESETS[arguments.recipe]()
-    write = sys.stdout.write
-    if arguments.deepspeed:
-        precision = "bf16" if config.precision == "bf16" else "fp32"
-        values: dict[str, Any] = deepspeed_config(config, config.hardware.gpus or config.processes, precision)
-        write(json.dumps(values, indent=2) + "\n")
-        return 0
-    try:
-        write(describe(config) + "\n")
-    except StageError as error:
-        write(f"{error}\n")
-        return 1
-    problems = preflight(config)
-    for problem in problems:
-        write(f"missing     {problem}\n")
-    if not problems:
-        write("preflight   nothing is missing\n")
-    return 1 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -167,6 +167,7 @@ def _full_size(
         zero_stage=2,  # [ours] partitions the gradients too, so that a long stage 3 fits
         expert_parallel=expert_parallel,
         loss_chunk_tokens=4096,  # [ours] 151,936 logits a token: a whole long sequence's would fill the GPU
+        compile_layers=True,  # [ours] norms and RoPE in one pass each; experts stay as they are, their sizes vary
         activation_checkpointing=True,  # [ours] memory; costs a third more FLOPs in the layers
         device="cuda",
         threads=8,

@@ -260,6 +260,8 @@ class Trainer:
         metrics["speed/model_tflops"] = rate * flops_per_token / 1e12
         metrics["speed/data_wait_share"] = waited_s / max(elapsed_s, 1e-9)
         if self._ranks.device.type == "cuda":
+            peak = self._config.hardware.peak_tflops * self._ranks.world
+            metrics["speed/mfu"] = metrics["speed/model_tflops"] / peak
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         else:
             metrics["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from flows.pretrain import main
+from flows.recipes import RECIPES
 
 
 def test_the_plan_of_the_full_sizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +47,14 @@ def test_days_follow_the_utilisation(capsys: pytest.CaptureFixture[str]) -> None
     assert days[0] == pytest.approx(2 * days[1], rel=0.02)
 
 
-def test_deepspeed_config_is_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--recipe", "21b", "--deepspeed"]) == 0
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_deepspeed_config_is_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--recipe", name, "--deepspeed"]) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["train_batch_size"] == 4352 and values["bf16"]["enabled"]
+    config = RECIPES[name]().pretrain
+    assert values["bf16"]["enabled"] == (config.precision == "bf16")
+    assert values["train_batch_size"] == (
+        values["train_micro_batch_size_per_gpu"]
+        * values["gradient_accumulation_steps"]
+        * (config.hardware.gpus or config.processes)
+    )
