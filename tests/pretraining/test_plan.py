@@ -160,9 +160,5 @@ def test_preflight_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_groups_that_fit_no_mesh_are_a_problem() -> None:
     config = pretrain_config_21b()
-    hardware = config.hardware.model_copy(update={"gpus": 12})
-    (problem,) = plan(model_config(config), config, hardware).problems
-    assert (
-        problem == "load_balance_groups is 8; on 272 processes it must divide them or be a multiple of them"
-        or ("272" in problem)
-    )
+    said = plan(model_config(config), config, config.hardware.model_copy(update={"gpus": 12})).problems
+    assert "load_balance_groups is 8; on 12 processes it must divide them or be a multiple of them" in said
