@@ -129,6 +129,7 @@ class PretrainConfig(StageConfig):
             "zero_stage",
             "sequences_per_micro_batch",
             "loss_chunk_tokens",
+            "compile_layers",
             "activation_checkpointing",
             # How progress is kept.
             "checkpoint_every_steps",
