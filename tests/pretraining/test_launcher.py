@@ -159,30 +159,42 @@ def test_a_mesh_that_cannot_be_is_named(tmp_path: Path, tokens: Path, children: 
     assert "expert_parallel is 2; it must divide the number of processes, which is 1" in answer["error"]
 
 
+GROUPED: dict[str, Any] = {
+    "load_balance_groups": 2,
+    "load_balance_counts": "exact",
+    "load_balance_domains": "sharded",
+    # Routers that discriminate from the start.
+    "model": {"preset": "nano", "overrides": {**MODEL, "initializer_range": 0.3}},
+}
+
+
+def in_micro_steps(**values: Any) -> dict[str, Any]:
+    """One process that takes both groups in two micro-steps each."""
+    return {**several(1, **{**GROUPED, **values}), "sequences_per_micro_batch": 2}
+
+
 def test_exact_counts_of_a_group_do_not_depend_on_ranks_and_micro_batches(
     tmp_path: Path, tokens: Path, children: Children
 ) -> None:
     """Two groups of four sequences: one rank each, or both on one rank in two micro-steps each."""
-    values: dict[str, Any] = {
-        "load_balance_groups": 2,
-        "load_balance_counts": "exact",
-        "load_balance_domains": "sharded",
-        # Routers that discriminate from the start.
-        "model": {"preset": "nano", "overrides": {**MODEL, "initializer_range": 0.3}},
-    }
-    request = write_request(tmp_path / "two", tokens, several(2, expert_parallel=2, **values))
+    request = write_request(tmp_path / "two", tokens, several(2, **GROUPED))
     codes, answer = run_ranks(children, request, 2)
     assert codes == [0, 0] and "error" not in answer
-    in_micro_steps = {**several(1, **values), "sequences_per_micro_batch": 2}
-    children.run(tokens, tmp_path / "one", in_micro_steps)
+    children.run(tokens, tmp_path / "one", in_micro_steps())
     assert_same_losses(tmp_path / "two", tmp_path / "one")
-    for key, value in (("load_balance_groups", 1), ("load_balance_counts", "running")):
-        out = tmp_path / key
-        children.run(tokens, out, {**in_micro_steps, key: value})
-        one, other = (lines(folder)[1]["metrics"] for folder in (tmp_path / "one", out))
-        assert one["train/ce"] == pytest.approx(other["train/ce"], rel=1e-6)  # the same rows and weights
-        assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-3, key
-        assert one["train/load_balance_global"] == pytest.approx(other["train/load_balance_global"], rel=1e-6)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("key", "value"), [("load_balance_groups", 1), ("load_balance_counts", "running")])
+def test_groups_and_counts_change_the_loss(
+    tmp_path: Path, tokens: Path, children: Children, key: str, value: Any
+) -> None:
+    children.run(tokens, tmp_path / "one", in_micro_steps())
+    children.run(tokens, tmp_path / "other", in_micro_steps(**{key: value}))
+    one, other = (lines(tmp_path / name)[1]["metrics"] for name in ("one", "other"))
+    assert one["train/ce"] == pytest.approx(other["train/ce"], rel=1e-6)  # the same rows and weights
+    assert abs(one["train/load_balance"] - other["train/load_balance"]) > 1e-3
+    assert one["train/load_balance_global"] == pytest.approx(other["train/load_balance_global"], rel=1e-6)
 
 
 SLOW_DISK = """

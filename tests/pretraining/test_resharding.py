@@ -180,6 +180,7 @@ def test_experts_are_dealt_anew(
     run_chain(children, tmp_path, meshes, precision=precision, zero_stage=zero_stage)
 
 
+@pytest.mark.campaign
 def test_a_damaged_universal_form_is_made_again(tmp_path: Path, children: Children) -> None:
     config = run_config(sequences_per_micro_batch=2, precision="fp32")
     children.call_ranks(1, link, config, tmp_path, 0)
