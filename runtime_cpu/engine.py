@@ -468,6 +468,11 @@ class Engine:
     ) -> None:
         self._open_runtime().decode(sessions, token_ids, logits)
 
+    def _sample(
+        self, sampler: _core.Sampler, row: NDArray[np.float32], top_logprobs: int
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        return self._open_runtime().sample(sampler, row, top_logprobs)
+
     def _finish(self, stats: Stats, session: _core.Session) -> None:
         self._batcher.leave(session)
         stats.set_counters(session.take_counters())

@@ -31,6 +31,13 @@ struct KvRows {
   std::int64_t count = 0;
 };
 
+inline constexpr std::int64_t kLogitRun = 64;  // logits whose greatest one is kept
+
+struct LogitMass {
+  float sum = 0.0F;
+  std::int64_t count = 0;  // of weights above 0
+};
+
 struct Kernels {
   const char* name;
 
@@ -76,6 +83,14 @@ struct Kernels {
   std::int64_t (*neurons)(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                           std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
                           float* out);
+
+  // Choosing a token (logit_kernels.hpp). The greatest of each 64 of x; NaN is passed over.
+  void (*run_maxima)(const float* x, std::int64_t size, float* maxima);
+  // The sum of w = exp((x[i] - shift) * factor) over x[i] <= shift, factor > 0. With `out`, w is written
+  // there, as 0 where it is less than `least` or no number; without, NaN shows in the sum.
+  float (*exp_weights)(const float* x, std::int64_t size, float shift, float factor, float least, float* out);
+  // The weights of the x that are at least `bound`. Not less for a lower bound: same order of sums.
+  LogitMass (*mass_above)(const float* x, const float* weights, std::int64_t size, float bound);
 };
 
 const Kernels& reference_table();
@@ -101,6 +116,10 @@ void avx512_attention_values(const float* weights, std::int64_t weight_stride, s
 void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+void avx512_run_maxima(const float* x, std::int64_t size, float* maxima);
+float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,
+                         float* out);
+LogitMass avx512_mass_above(const float* x, const float* weights, std::int64_t size, float bound);
 std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                             std::int64_t group_end, const float* gate, const Activations& x,
                             std::int64_t token, float* out);

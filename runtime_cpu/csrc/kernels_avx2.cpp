@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "kernels.hpp"
+#include "logit_kernels.hpp"
 
 namespace smallthinker {
 namespace {
@@ -473,7 +474,7 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 const Kernels& avx2_table() {
   static constexpr Kernels kTable = {"avx2",           matmul,  quantise,          rms_norm,   rotate,
                                      attention_scores, exp_sum, attention_values,  scale,      add_scaled,
-                                     to_half,          true,    avx2_split_planes, avx2_tiles, avx2_neurons};
+                                     to_half,          true,    avx2_split_planes, avx2_tiles, avx2_neurons, run_maxima<8>, exp_weights<8>, mass_above<8>};
   return kTable;
 }
 

@@ -147,6 +147,38 @@ void add_scaled(float* x, const float* y, std::int64_t size, float factor) {
   for (std::int64_t i = 0; i < size; ++i) x[i] += factor * y[i];
 }
 
+void run_maxima(const float* x, std::int64_t size, float* maxima) {
+  for (std::int64_t start = 0; start < size; start += kLogitRun) {
+    float best = -std::numeric_limits<float>::infinity();
+    for (std::int64_t i = start; i < std::min(size, start + kLogitRun); ++i)
+      best = x[i] > best ? x[i] : best;
+    *maxima++ = best;
+  }
+}
+
+float exp_weights(const float* x, std::int64_t size, float shift, float factor, float least, float* out) {
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double exponent =
+        (static_cast<double>(x[i]) - static_cast<double>(shift)) * static_cast<double>(factor);
+    auto value = static_cast<float>(std::exp(exponent));
+    if (out != nullptr) out[i] = value = value >= least ? value : 0.0F;
+    sum += static_cast<double>(value);
+  }
+  return static_cast<float>(sum);
+}
+
+LogitMass mass_above(const float* x, const float* weights, std::int64_t size, float bound) {
+  double sum = 0.0;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    if (!(x[i] >= bound)) continue;
+    sum += static_cast<double>(weights[i]);
+    count += weights[i] > 0.0F ? 1 : 0;
+  }
+  return {static_cast<float>(sum), count};
+}
+
 void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = float_to_half(x[i]);
 }
@@ -225,7 +257,7 @@ const Kernels& reference_table() {
   static constexpr Kernels kTable = {"reference",  matmul,           quantise,         rms_norm,
                                      rotate,       attention_scores, exp_sum,          attention_values,
                                      scale,        add_scaled,       to_half,          false,
-                                     split_planes, reference_tiles,  reference_neurons};
+                                     split_planes, reference_tiles,  reference_neurons, run_maxima, exp_weights, mass_above};
   return kTable;
 }
 

@@ -209,6 +209,11 @@ void Runtime::decode(std::span<const Step> steps, float* logits) {
     steps[i].session->counters.add(counters_.share(i, steps.size()));
 }
 
+Choice Runtime::sample(Sampler& sampler, std::span<const float> logits, std::int64_t top) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  return sampler.sample(logits, top, kernels_, lock.owns_lock() ? &pool_ : nullptr);
+}
+
 void Runtime::normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row) {
   const ActivationBuffer& to = scratch_.normed;
   kernels_.rms_norm(from.f32 + row * from.stride, weight.data(), model_->hyper.hidden,

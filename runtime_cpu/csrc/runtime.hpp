@@ -18,6 +18,7 @@
 
 #include "kernels.hpp"
 #include "model.hpp"
+#include "sampler.hpp"
 #include "session.hpp"
 #include "thread_pool.hpp"
 #include "weights.hpp"
@@ -140,6 +141,9 @@ class Runtime {
     std::int32_t token;
   };
   void decode(std::span<const Step> steps, float* logits);
+
+  // sampler.sample() with this runtime's kernels, and its threads when no forward pass has them.
+  Choice sample(Sampler& sampler, std::span<const float> logits, std::int64_t top);
 
  private:
   struct Task {

@@ -1,5 +1,6 @@
 // Every kernel of every table against the plain reference, over ragged and empty shapes, with a bound per
 // type.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -195,6 +196,60 @@ void test_exp_edges(const Kernels& kernels) {
   }
 }
 
+// What a token is chosen with, in rows that end anywhere.
+void test_logits(const Kernels& kernels, std::int64_t size, RandomStream& random) {
+  const Kernels& plain = reference_table();
+  const float infinity = std::numeric_limits<float>::infinity();
+  auto x = random_vector(random, size);
+  for (float& value : x) value *= 12.0F;
+  float peak = -infinity;
+  for (const float value : x) peak = std::max(peak, value);
+  const float lowest = kernels.exp_weights(x.data(), size, peak, 1.0F, 0.0F, nullptr);
+  CHECK(std::fabs(lowest - plain.exp_weights(x.data(), size, peak, 1.0F, 0.0F, nullptr)) <= 1e-6F * lowest);
+  std::vector<float> damaged = x;
+  damaged[static_cast<std::size_t>(size / 2)] = std::nanf("");
+  CHECK(std::isnan(kernels.exp_weights(damaged.data(), size, peak, 1.0F, 0.0F, nullptr)),
+        "%s: no number does not show in the sum", kernels.name);
+  damaged[0] = -infinity;
+  for (const auto* row : {&x, &damaged}) {
+    std::vector<float> got(static_cast<std::size_t>((size + kLogitRun - 1) / kLogitRun) + 1, 42.0F);
+    std::vector<float> expected = got;
+    plain.run_maxima(row->data(), size, expected.data());
+    kernels.run_maxima(row->data(), size, got.data());
+    CHECK(got == expected && got.back() == 42.0F, "%s run_maxima over %ld", kernels.name,
+          static_cast<long>(size));
+    // Everything, and what weighs at least a share of the best.
+    for (const float least : {std::numeric_limits<float>::min(), 0.01F}) {
+      std::vector<float> weights(row->size() + 1, 42.0F);
+      std::vector<float> exact = weights;
+      const float factor = 1.0F / 0.7F;
+      const float sum = kernels.exp_weights(row->data(), size, peak, factor, least, weights.data());
+      plain.exp_weights(row->data(), size, peak, factor, least, exact.data());
+      CHECK(weights.back() == 42.0F, "%s exp_weights wrote past the end", kernels.name);
+      double total = 0.0;
+      for (std::size_t i = 0; i < row->size(); ++i) {
+        // The exponent's own rounding counts as often as the exponent is large.
+        const double allowed = 1e-5 * static_cast<double>(exact[i]) + 1e-37;
+        const bool edge = std::fabs(exact[i] - least) + std::fabs(weights[i] - least) <= 2.1F * least &&
+                          (weights[i] == 0.0F || exact[i] == 0.0F);
+        CHECK(edge || std::fabs(static_cast<double>(weights[i]) - static_cast<double>(exact[i])) <= allowed,
+              "%s exp_weights[%zu]: %g, expected %g", kernels.name, i, static_cast<double>(weights[i]),
+              static_cast<double>(exact[i]));
+        total += static_cast<double>(weights[i]);
+      }
+      CHECK(std::fabs(static_cast<double>(sum) - total) <= 1e-5 * total);
+      float before = infinity;
+      for (const float bound : {-infinity, -20.0F, 0.0F, peak, infinity}) {
+        const LogitMass mass = kernels.mass_above(row->data(), weights.data(), size, bound);
+        const LogitMass wanted = plain.mass_above(row->data(), weights.data(), size, bound);
+        CHECK(mass.count == wanted.count && std::fabs(mass.sum - wanted.sum) <= 1e-5F * wanted.sum);
+        CHECK(mass.sum <= before, "%s: a higher bound weighs more", kernels.name);
+        before = mass.sum;
+      }
+    }
+  }
+}
+
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
                     bool half, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
@@ -269,6 +324,9 @@ void test_kernels() {
     test_exp_edges(*kernels);
     for (const std::int64_t size : {1, 2, 3, 7, 8, 9, 16, 30, 32, 64, 100, 257}) {
       test_elementwise(*kernels, size, random);
+    }
+    for (const std::int64_t size : {1, 5, 16, 31, 63, 64, 65, 200, 1027, 4096}) {
+      test_logits(*kernels, size, random);
     }
     for (const std::int64_t groups : {1, 2, 3, 6, 7}) {
       for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 128}) {
