@@ -126,18 +126,23 @@ float exp_weights(const float* x, std::int64_t size, float shift, float factor, 
 template <int Width>
 LogitMass mass_above(const float* x, const float* weights, std::int64_t size, float bound) {
   using L = Lanes<Width>;
-  typename L::Float sum{};
-  typename L::Int count{};
-  const auto add = [&](typename L::Float values, typename L::Float masses) __attribute__((always_inline)) {
+  typename L::Float sums[4] = {};
+  typename L::Int counts[4] = {};
+  const auto add = [&](int k, typename L::Float values, typename L::Float masses)
+                       __attribute__((always_inline)) {
     const typename L::Float kept = values >= bound ? masses : typename L::Float{};
-    sum += kept;
-    count -= kept > 0.0F;
+    sums[k] += kept;
+    counts[k] -= kept > 0.0F;
   };
   std::int64_t i = 0;
-  for (; i + Width <= size; i += Width) add(L::load(x + i), L::load(weights + i));
-  if (i < size) {
-    add(load_tail<Width>(x + i, size - i, 0.0F), load_tail<Width>(weights + i, size - i, 0.0F));
+  for (; i + 4 * Width <= size; i += 4 * Width) {
+    for (int k = 0; k < 4; ++k) add(k, L::load(x + i + k * Width), L::load(weights + i + k * Width));
   }
+  for (; i < size; i += Width) {
+    add(0, load_tail<Width>(x + i, size - i, 0.0F), load_tail<Width>(weights + i, size - i, 0.0F));
+  }
+  const typename L::Float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const typename L::Int count = (counts[0] + counts[1]) + (counts[2] + counts[3]);
   LogitMass mass{L::sum(sum), 0};
   std::int32_t lanes[Width];
   std::memcpy(lanes, &count, sizeof count);

@@ -203,10 +203,15 @@ Sampler::Cut Sampler::find_cut(const Row& row, double goal, double Mass::* amoun
   std::vector<std::vector<std::int32_t>> found(sums_.size());
   each_chunk([&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
     std::vector<std::int32_t>& ids = found[static_cast<std::size_t>(chunk)];
-    for (std::int64_t i = begin; i < begin + size; ++i) {
-      const float logit = row.logits[static_cast<std::size_t>(i)];
-      if (logit >= low && logit < high && weights_[static_cast<std::size_t>(i)] > 0.0F)
-        ids.push_back(static_cast<std::int32_t>(i));
+    const float* x = row.logits.data();
+    for (std::int64_t run = begin; run < begin + size; run += kLogitRun) {
+      const std::int64_t end = std::min(begin + size, run + kLogitRun);
+      int any = 0;  // most runs hold none: without a branch per logit
+      for (std::int64_t i = run; i < end; ++i) any |= int{x[i] >= low} & int{x[i] < high};
+      for (std::int64_t i = run; any != 0 && i < end; ++i) {
+        if (x[i] >= low && x[i] < high && weights_[static_cast<std::size_t>(i)] > 0.0F)
+          ids.push_back(static_cast<std::int32_t>(i));
+      }
     }
   });
   order_.clear();
