@@ -49,10 +49,10 @@ class Measured(Protocol):
 class OurEngine:
     """runtime_cpu, asked as its users ask it."""
 
-    def __init__(self, model: str, threads: int, context: int, memory: int | None) -> None:
+    def __init__(self, model: str, threads: int, context: int, memory: int | None, kv_type: str) -> None:
         from runtime_cpu import Engine
 
-        self._engine = Engine.open(model, threads, context, memory, sessions=1)
+        self._engine = Engine.open(model, threads, context, memory, sessions=1, kv_type=kv_type)
         self.vocab_size = self._engine.info.vocab_size
 
     def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
@@ -166,7 +166,7 @@ def _open(settings: dict[str, Any]) -> Measured:
     model, threads, context = settings["model"], settings["threads"], settings["context"]
     if settings["engine"] == PEER_MODULE:
         return Peer(model, threads, context, settings["repack"])
-    return OurEngine(model, threads, context, settings.get("memory_bytes"))
+    return OurEngine(model, threads, context, settings.get("memory_bytes"), settings.get("kv_type", "auto"))
 
 
 def _serve(settings: dict[str, Any]) -> int:

@@ -398,7 +398,7 @@ NB_MODULE(_core, m) {
       .def("forward", &forward, nb::arg("session"), nb::arg("token_ids"), nb::arg("logits").none())
       .def_prop_ro("kernels", [](const PyRuntime& s) { return std::string(s.runtime.kernels().name); })
       .def_prop_ro("kv_type",
-                   [](const PyRuntime& s) { return std::string(s.runtime.kv_layout().half ? "f16" : "f32"); })
+                   [](const PyRuntime& s) { return std::string(st::name_of(s.runtime.kv_layout().type)); })
       .def_prop_ro("threads", [](const PyRuntime& s) { return s.runtime.threads(); });
 
   nb::class_<st::Sampler>(m, "Sampler")

@@ -24,11 +24,27 @@ namespace smallthinker {
 // values lie position by position, [head_dim].
 inline constexpr std::int64_t kKeyTile = 16;
 
+enum class KvType { kF32, kF16, kQ8 };
+
+// 8-bit keys and values: whole numbers in [-127, 127] with an fp16 scale for each 32 dimensions. Both lie in
+// tiles of 16 positions of the same size. Of keys, per 32 dimensions, [16] scales and [dims][16] steps; of
+// values [16][blocks] scales and [16][head_dim] steps.
+inline constexpr std::int64_t kQ8Block = 32;
+struct Q8Tile {
+  SMALLTHINKER_INLINE static std::int64_t blocks(std::int64_t head_dim) {
+    return (head_dim + kQ8Block - 1) / kQ8Block;
+  }
+  SMALLTHINKER_INLINE static std::int64_t bytes(std::int64_t head_dim) {
+    return kKeyTile * (2 * blocks(head_dim) + head_dim);
+  }
+};
+
 // Keys or values of consecutive positions: `count` tiles or rows, one after the other.
 struct KvRows {
   const void* data = nullptr;
-  bool half = false;  // F16, else F32
+  KvType type = KvType::kF32;
   std::int64_t count = 0;
+  std::int64_t first = 0;  // of 8-bit values: the first one's place in its tile
 };
 
 inline constexpr std::int64_t kLogitRun = 64;  // logits whose greatest one is kept

@@ -103,9 +103,7 @@ void matmul_rows(const Matrix& matrix, std::int64_t expert, std::int64_t row_beg
 
 }  // namespace
 
-void avx512_run_maxima(const float* x, std::int64_t size, float* maxima) {
-  run_maxima<16>(x, size, maxima);
-}
+void avx512_run_maxima(const float* x, std::int64_t size, float* maxima) { run_maxima<16>(x, size, maxima); }
 
 float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,
                          float* out) {

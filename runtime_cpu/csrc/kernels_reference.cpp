@@ -99,8 +99,30 @@ void rotate(float* x, std::int64_t size, const float* cosines, const float* sine
 }
 
 float kv_element(const KvRows& rows, std::int64_t index) {
-  return rows.half ? half_to_float(static_cast<const std::uint16_t*>(rows.data)[index])
-                   : static_cast<const float*>(rows.data)[index];
+  return rows.type == KvType::kF16 ? half_to_float(static_cast<const std::uint16_t*>(rows.data)[index])
+                                   : static_cast<const float*>(rows.data)[index];
+}
+
+// Dimension i of key or value j.
+float key_element(const KvRows& keys, std::int64_t head_dim, std::int64_t j, std::int64_t i) {
+  const std::int64_t tile = j / kKeyTile;
+  const std::int64_t lane = j % kKeyTile;
+  if (keys.type != KvType::kQ8) return kv_element(keys, (tile * head_dim + i) * kKeyTile + lane);
+  const std::byte* block = static_cast<const std::byte*>(keys.data) + tile * Q8Tile::bytes(head_dim) +
+                           i / kQ8Block * kKeyTile * (2 + kQ8Block);
+  const float scale = half_to_float(load<std::uint16_t>(block + 2 * lane));
+  return scale * static_cast<float>(load<std::int8_t>(block + kKeyTile * (2 + i % kQ8Block) + lane));
+}
+
+float value_element(const KvRows& values, std::int64_t head_dim, std::int64_t j, std::int64_t i) {
+  if (values.type != KvType::kQ8) return kv_element(values, j * head_dim + i);
+  const std::int64_t place = values.first + j;
+  const std::int64_t lane = place % kKeyTile;
+  const std::int64_t blocks = Q8Tile::blocks(head_dim);
+  const std::byte* tile =
+      static_cast<const std::byte*>(values.data) + place / kKeyTile * Q8Tile::bytes(head_dim);
+  const float scale = half_to_float(load<std::uint16_t>(tile + 2 * (lane * blocks + i / kQ8Block)));
+  return scale * static_cast<float>(load<std::int8_t>(tile + kKeyTile * blocks * 2 + lane * head_dim + i));
 }
 
 void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float scale,
@@ -109,8 +131,8 @@ void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim
     for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
       double sum = 0.0;
       for (std::int64_t i = 0; i < head_dim; ++i) {
-        const std::int64_t at = (j / kKeyTile * head_dim + i) * kKeyTile + j % kKeyTile;
-        sum += static_cast<double>(q[g * head_dim + i]) * static_cast<double>(kv_element(keys, at));
+        sum +=
+            static_cast<double>(q[g * head_dim + i]) * static_cast<double>(key_element(keys, head_dim, j, i));
       }
       scores[g * score_stride + j] = scale * static_cast<float>(sum);
     }
@@ -132,7 +154,7 @@ void attention_values(const float* weights, std::int64_t weight_stride, std::int
     for (std::int64_t i = 0; i < head_dim; ++i) {
       float sum = out[g * head_dim + i];  // in fp32, so that values cut in two give the same bits
       for (std::int64_t j = 0; j < values.count; ++j) {
-        sum += weights[g * weight_stride + j] * kv_element(values, j * head_dim + i);
+        sum += weights[g * weight_stride + j] * value_element(values, head_dim, j, i);
       }
       out[g * head_dim + i] = sum;
     }
@@ -150,8 +172,7 @@ void add_scaled(float* x, const float* y, std::int64_t size, float factor) {
 void run_maxima(const float* x, std::int64_t size, float* maxima) {
   for (std::int64_t start = 0; start < size; start += kLogitRun) {
     float best = -std::numeric_limits<float>::infinity();
-    for (std::int64_t i = start; i < std::min(size, start + kLogitRun); ++i)
-      best = x[i] > best ? x[i] : best;
+    for (std::int64_t i = start; i < std::min(size, start + kLogitRun); ++i) best = x[i] > best ? x[i] : best;
     *maxima++ = best;
   }
 }
@@ -254,10 +275,10 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
 }
 
 const Kernels& reference_table() {
-  static constexpr Kernels kTable = {"reference",  matmul,           quantise,         rms_norm,
-                                     rotate,       attention_scores, exp_sum,          attention_values,
-                                     scale,        add_scaled,       to_half,          false,
-                                     split_planes, reference_tiles,  reference_neurons, run_maxima, exp_weights, mass_above};
+  static constexpr Kernels kTable = {
+      "reference",       matmul,     quantise,    rms_norm,  rotate, attention_scores, exp_sum,
+      attention_values,  scale,      add_scaled,  to_half,   false,  split_planes,     reference_tiles,
+      reference_neurons, run_maxima, exp_weights, mass_above};
   return kTable;
 }
 

@@ -130,10 +130,10 @@ LogitMass mass_above(const float* x, const float* weights, std::int64_t size, fl
   typename L::Int counts[4] = {};
   const auto add = [&](int k, typename L::Float values, typename L::Float masses)
                        __attribute__((always_inline)) {
-    const typename L::Float kept = values >= bound ? masses : typename L::Float{};
-    sums[k] += kept;
-    counts[k] -= kept > 0.0F;
-  };
+                         const typename L::Float kept = values >= bound ? masses : typename L::Float{};
+                         sums[k] += kept;
+                         counts[k] -= kept > 0.0F;
+                       };
   std::int64_t i = 0;
   for (; i + 4 * Width <= size; i += 4 * Width) {
     for (int k = 0; k < 4; ++k) add(k, L::load(x + i + k * Width), L::load(weights + i + k * Width));

@@ -23,11 +23,24 @@ bool any_quantised(const Model& model) {
 
 }  // namespace
 
-bool kv_is_half(const Model& model, const std::string& kv_type) {
-  if (kv_type == "f32") return false;
-  if (kv_type == "f16") return true;
-  if (kv_type == "auto") return !model.all_f32;
-  throw EngineError("kv_type is '" + kv_type + "'; allowed are auto, f32 and f16");
+KvType find_kv_type(const Model& model, const std::string& name) {
+  if (name == "f32") return KvType::kF32;
+  if (name == "f16") return KvType::kF16;
+  if (name == "q8") return KvType::kQ8;
+  if (name == "auto") return model.all_f32 ? KvType::kF32 : KvType::kF16;
+  throw EngineError("kv_type is '" + name + "'; allowed are auto, f32, f16 and q8");
+}
+
+const char* name_of(KvType type) {
+  switch (type) {
+    case KvType::kF32:
+      return "f32";
+    case KvType::kF16:
+      return "f16";
+    case KvType::kQ8:
+      return "q8";
+  }
+  throw std::logic_error("unknown type of keys and values");
 }
 
 namespace {
@@ -95,7 +108,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
 }
 
 Plan make_plan(const Model& model, const RuntimeOptions& options) {
-  const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
+  const KvLayout layout(model.hyper, options.context, options.chunk, find_kv_type(model, options.kv_type));
   const WeightPlan weights(model, select_kernels(options.kernels), options.experts.cache_bytes > 0,
                            options.predict_head);
   Scratch scratch{};
@@ -109,7 +122,7 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
 Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options)
     : model_(std::move(model)),
       kernels_(select_kernels(options.kernels)),
-      layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
+      layout_(model_->hyper, options.context, options.chunk, find_kv_type(*model_, options.kv_type)),
       chunk_(options.chunk),
       pool_(options.threads),
       weights_(model_, kernels_, pool_, options.experts, options.predict_head),

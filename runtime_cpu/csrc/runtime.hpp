@@ -30,14 +30,15 @@ struct RuntimeOptions {
   std::int64_t context = 512;
   std::int64_t chunk = 128;  // tokens computed together
   std::string kernels = "auto";
-  std::string kv_type = "auto";  // "f32", "f16"
+  std::string kv_type = "auto";  // "f32", "f16", "q8"
   ExpertStoreOptions experts = {};
   bool predict_head = false;  // compute only the rows of the head that the file's predictor names
   bool speculate = true;      // read what the next layer may want while the disk idles
 };
 
-// Whether keys and values are stored as F16.
-bool kv_is_half(const Model& model, const std::string& kv_type);
+// How keys and values are stored. Throws EngineError for another name.
+KvType find_kv_type(const Model& model, const std::string& name);
+const char* name_of(KvType type);
 
 // What a runtime will allocate, in bytes.
 struct Plan {

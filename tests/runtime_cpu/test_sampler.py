@@ -41,7 +41,9 @@ def fractions(seed: int) -> Iterator[float]:
         state[3] = rotate(state[3], 45)
 
 
-def kept(row: Row, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[list[int], Row, float]:
+def kept(
+    row: Row, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[list[int], Row, float]:
     """Ids that may be drawn, best first; their weights; how near the last decision of top-p and min-p was."""
     order = np.lexsort((np.arange(row.size), -row.astype(np.float64)))
     weights = np.exp((row[order].astype(np.float64) - float(row.max())) / temperature)
@@ -63,7 +65,9 @@ ROWS = {
     "far leader": lambda random: np.concatenate([[60.0], random.standard_normal(9_000)]),
     "ties": lambda random: np.round(random.standard_normal(20_011)),
     "all equal": lambda random: np.full(9_001, 3.25),
-    "mostly lost": lambda random: np.where(random.random(20_011) < 0.9, -np.inf, random.standard_normal(20_011)),
+    "mostly lost": lambda random: np.where(
+        random.random(20_011) < 0.9, -np.inf, random.standard_normal(20_011)
+    ),
     "small": lambda random: random.standard_normal(7),
 }
 OPTIONS = [

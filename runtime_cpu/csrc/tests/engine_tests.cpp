@@ -167,11 +167,15 @@ void test_forward() {
       }
     }
     CHECK(distance(logits_of(model, tokens, 2, 16, "auto", "f16"), exact) < 2e-2);
+    const auto steps = logits_of(model, tokens, 1, 128, "auto", "q8");
+    CHECK(distance(steps, exact) < 1e-1, "8 bits: %g", distance(steps, exact));
+    CHECK(logits_of(model, tokens, 3, 7, "auto", "q8") == steps, "8 bits: threads change the bits");
 
     // Going back: wherever it is allowed, the future is the same; where a ring forgot, everything is.
-    Runtime runtime(model, {2, 256, 16, "auto", "f32"});
+    const std::string kept_as = type == Type::kQ4_0 ? "q8" : "f32";
+    Runtime runtime(model, {2, 256, 16, "auto", kept_as});
     Session session(runtime.kv_layout(), model->hyper);
-    const auto all = logits_of(model, tokens, 2, 16, "auto");
+    const auto all = logits_of(model, tokens, 2, 16, "auto", kept_as);
     const auto vocab = static_cast<std::size_t>(shape.vocab);
     RandomStream random(3);
     int kept = 0;

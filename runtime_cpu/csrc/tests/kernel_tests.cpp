@@ -239,7 +239,7 @@ void test_logits(const Kernels& kernels, std::int64_t size, RandomStream& random
       }
       CHECK(std::fabs(static_cast<double>(sum) - total) <= 1e-5 * total);
       float before = infinity;
-      for (const float bound : {-infinity, -20.0F, 0.0F, peak, infinity}) {
+      for (const float bound : {-infinity, peak - 30.0F, peak - 3.0F, peak, infinity}) {
         const LogitMass mass = kernels.mass_above(row->data(), weights.data(), size, bound);
         const LogitMass wanted = plain.mass_above(row->data(), weights.data(), size, bound);
         CHECK(mass.count == wanted.count && std::fabs(mass.sum - wanted.sum) <= 1e-5F * wanted.sum);
@@ -250,17 +250,42 @@ void test_logits(const Kernels& kernels, std::int64_t size, RandomStream& random
   }
 }
 
+// Tiles of random steps with scales of all sizes.
+std::vector<std::byte> random_tiles(RandomStream& random, std::int64_t tiles, std::int64_t dim, bool value) {
+  std::vector<std::byte> bytes(static_cast<std::size_t>(tiles * Q8Tile::bytes(dim)));
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random.next() % 255 - 127);
+  const auto scale = [&](std::int64_t at) {
+    const std::uint16_t half = float_to_half(std::ldexp(uniform(random), -6));
+    std::memcpy(bytes.data() + at, &half, sizeof half);
+  };
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    for (std::int64_t i = 0; i < kKeyTile * Q8Tile::blocks(dim); ++i) {
+      const std::int64_t inside =
+          value ? 2 * i : i / kKeyTile * kKeyTile * (2 + kQ8Block) + 2 * (i % kKeyTile);
+      scale(tile * Q8Tile::bytes(dim) + inside);
+    }
+  }
+  return bytes;
+}
+
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
-                    bool half, RandomStream& random) {
+                    KvType type, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
   const std::int64_t tiles = (count + kKeyTile - 1) / kKeyTile;
   const auto rows = random_vector(random, tiles * kKeyTile * dim);
   std::vector<std::uint16_t> packed(rows.size());
   reference_table().to_half(rows.data(), static_cast<std::int64_t>(rows.size()), packed.data());
-  KvRows kv{rows.data(), false, count};
-  if (half) kv = {packed.data(), true, count};
-  KvRows keys = kv;
+  const std::vector<std::byte> key_tiles = random_tiles(random, tiles, dim, false);
+  const std::vector<std::byte> value_tiles = random_tiles(random, tiles, dim, true);
+  KvRows values{rows.data(), type, count, 0};
+  if (type == KvType::kF16) values.data = packed.data();
+  KvRows keys = values;
   keys.count = tiles;
+  if (type == KvType::kQ8) {
+    keys.data = key_tiles.data();
+    values.data = value_tiles.data();
+    values.first = tiles * kKeyTile - count;  // in the middle of a tile
+  }
   const std::int64_t stride = tiles * kKeyTile + 1;
   std::vector<float> got(static_cast<std::size_t>(groups * stride), 5.0F);
   std::vector<float> expected = got;
@@ -269,18 +294,20 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
   compare("attention_scores", got, expected, 4 * kEpsilon, static_cast<double>(dim) * 2 * kEpsilon);
   std::vector<float> out = q;
   std::vector<float> expected_out = q;
-  reference_table().attention_values(expected.data(), stride, groups, dim, kv, expected_out.data());
-  kernels.attention_values(expected.data(), stride, groups, dim, kv, out.data());
+  reference_table().attention_values(expected.data(), stride, groups, dim, values, expected_out.data());
+  kernels.attention_values(expected.data(), stride, groups, dim, values, out.data());
   double size = 1.0;
   for (const float value : expected) size += std::fabs(static_cast<double>(value));
   compare("attention_values", out, expected_out, 4 * kEpsilon, size * 8 * kEpsilon);
   // Cut in two: the same bits.
   std::vector<float> cut = q;
-  KvRows part = kv;
+  KvRows part = values;
   part.count = count / 3;
   kernels.attention_values(expected.data(), stride, groups, dim, part, cut.data());
-  part.data = static_cast<const std::byte*>(kv.data) + part.count * dim * (half ? 2 : 4);
-  part.count = count - part.count;
+  const std::int64_t next = values.first + part.count;
+  const std::int64_t skipped = type == KvType::kQ8 ? next / kKeyTile * Q8Tile::bytes(dim)
+                                                   : part.count * dim * (type == KvType::kF16 ? 2 : 4);
+  part = {static_cast<const std::byte*>(values.data) + skipped, type, count - part.count, next % kKeyTile};
   kernels.attention_values(expected.data() + count / 3, stride, groups, dim, part, cut.data());
   CHECK(cut == out, "%s attention_values in two calls", kernels.name);
 }
@@ -329,10 +356,10 @@ void test_kernels() {
       test_logits(*kernels, size, random);
     }
     for (const std::int64_t groups : {1, 2, 3, 6, 7}) {
-      for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 128}) {
-        for (const std::int64_t count : {0, 1, 3, 64}) {
-          test_attention(*kernels, groups, dim, count, false, random);
-          test_attention(*kernels, groups, dim, count, true, random);
+      for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 100, 128}) {
+        for (const std::int64_t count : {0, 1, 3, 41, 64}) {
+          for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8})
+            test_attention(*kernels, groups, dim, count, type, random);
         }
       }
     }
