@@ -64,6 +64,7 @@ std::vector<const Kernels*> available_kernels() {
     table.name = "neon_dotprod";
     table.tiles = neon_dotprod_tiles;
     table.neurons = neon_dotprod_neurons;
+    table.attention_scores = neon_dotprod_attention_scores;
     return table;
   }();
   static const Kernels i8mm = [] {

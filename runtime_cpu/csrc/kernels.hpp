@@ -27,15 +27,16 @@ inline constexpr std::int64_t kKeyTile = 16;
 enum class KvType { kF32, kF16, kQ8 };
 
 // 8-bit keys and values: whole numbers in [-127, 127] with an fp16 scale for each 32 dimensions. Both lie in
-// tiles of 16 positions of the same size. Of keys, per 32 dimensions, [16] scales and [dims][16] steps; of
-// values [16][blocks] scales and [16][head_dim] steps.
+// tiles of 16 positions of the same size. Of keys, per 32 dimensions, [16] scales and [dims / 4][16][4] steps
+// plus 128, the unsigned side of a byte product; of values [16][blocks] scales and [16][head_dim] steps.
 inline constexpr std::int64_t kQ8Block = 32;
+inline constexpr std::int64_t kQ8Word = 4;  // dimensions of a key side by side
 struct Q8Tile {
   SMALLTHINKER_INLINE static std::int64_t blocks(std::int64_t head_dim) {
     return (head_dim + kQ8Block - 1) / kQ8Block;
   }
   SMALLTHINKER_INLINE static std::int64_t bytes(std::int64_t head_dim) {
-    return kKeyTile * (2 * blocks(head_dim) + head_dim);
+    return kKeyTile * (2 * blocks(head_dim) + (head_dim + kQ8Word - 1) / kQ8Word * kQ8Word);
   }
 };
 
@@ -110,6 +111,8 @@ struct Kernels {
 };
 
 const Kernels& reference_table();
+void reference_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                float scale, float* scores, std::int64_t score_stride);
 void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                      const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
@@ -153,6 +156,8 @@ std::int64_t neon_neurons(const ExpertShape& shape, const std::byte* expert, std
 // The dot-product table is NEON's with these, and the i8mm table is that with its own tiles.
 void neon_dotprod_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                         const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+void neon_dotprod_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                   float scale, float* scores, std::int64_t score_stride);
 std::int64_t neon_dotprod_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                                   std::int64_t group_end, const float* gate, const Activations& x,
                                   std::int64_t token, float* out);

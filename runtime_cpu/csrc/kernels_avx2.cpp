@@ -376,6 +376,12 @@ struct Bytes {
   static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::eight(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
+  static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
+    const __m256i steps =
+        _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), _mm256_set1_epi8(-128));
+    const __m256i upper = _mm256_sll_epi32(steps, _mm_cvtsi32_si128(24 - 8 * byte));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 24));
+  }
   static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
     const __m128i steps = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(steps));

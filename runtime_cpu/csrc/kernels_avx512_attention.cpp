@@ -134,9 +134,11 @@ void values_of(const float* weights, std::int64_t stride, std::int64_t groups, s
 
 struct Bytes {
   using Vec = __m512;
+  using Int = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kGroups = 6;
-  static constexpr int kTiles = 2;
+  static constexpr int kDotGroups = 6;
+  static constexpr bool kUnsigned = true;
   static constexpr int kPanel = 4;
   static SMALLTHINKER_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
   static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm512_loadu_ps(at); }
@@ -145,6 +147,14 @@ struct Bytes {
   static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return Half::load16(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return Half::one(at); }
+  static SMALLTHINKER_INLINE Int all_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static SMALLTHINKER_INLINE Int key_words(const std::byte* at) { return _mm512_loadu_si512(at); }
+  static SMALLTHINKER_INLINE Int dot(Int sum, Int key, Int query) {
+    return _mm512_dpbusd_epi32(sum, key, query);
+  }
+  static SMALLTHINKER_INLINE Vec joined(Int high, Int low) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+  }
   static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
   }
@@ -173,8 +183,10 @@ SMALLTHINKER_INLINE __m512 exponential(__m512 x) {
 
 void avx512_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
                              float scale, float* scores, std::int64_t score_stride) {
-  if (keys.type == KvType::kQ8)
-    return q8_scores<Bytes>(q, groups, head_dim, keys, scale, scores, score_stride);
+  if (keys.type == KvType::kQ8) {
+    return q8_dot_scores<Bytes>(q, groups, head_dim, keys, scale, scores, score_stride,
+                                avx2_table().quantise);
+  }
   if (keys.type == KvType::kF16)
     return scores_of<Half>(q, groups, head_dim, keys, scale, scores, score_stride);
   return scores_of<Single>(q, groups, head_dim, keys, scale, scores, score_stride);

@@ -341,6 +341,10 @@ struct Bytes {
   static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::four(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
+  static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
+    const int32x4_t steps = vreinterpretq_s32_u8(veorq_u8(load_bytes(at), vdupq_n_u8(128)));
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(steps, vdupq_n_s32(24 - 8 * byte)), 24));
+  }
   static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
     const int8x8_t steps = vreinterpret_s8_u32(vdup_n_u32(smallthinker::load<std::uint32_t>(at)));
     return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(steps))));

@@ -111,7 +111,8 @@ float key_element(const KvRows& keys, std::int64_t head_dim, std::int64_t j, std
   const std::byte* block = static_cast<const std::byte*>(keys.data) + tile * Q8Tile::bytes(head_dim) +
                            i / kQ8Block * kKeyTile * (2 + kQ8Block);
   const float scale = half_to_float(load<std::uint16_t>(block + 2 * lane));
-  return scale * static_cast<float>(load<std::int8_t>(block + kKeyTile * (2 + i % kQ8Block) + lane));
+  const std::int64_t at = i % kQ8Block / kQ8Word * kKeyTile * kQ8Word + lane * kQ8Word + i % kQ8Word;
+  return scale * static_cast<float>(load<std::uint8_t>(block + kKeyTile * 2 + at) - 128);
 }
 
 float value_element(const KvRows& values, std::int64_t head_dim, std::int64_t j, std::int64_t i) {
@@ -123,20 +124,6 @@ float value_element(const KvRows& values, std::int64_t head_dim, std::int64_t j,
       static_cast<const std::byte*>(values.data) + place / kKeyTile * Q8Tile::bytes(head_dim);
   const float scale = half_to_float(load<std::uint16_t>(tile + 2 * (lane * blocks + i / kQ8Block)));
   return scale * static_cast<float>(load<std::int8_t>(tile + kKeyTile * blocks * 2 + lane * head_dim + i));
-}
-
-void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float scale,
-                      float* scores, std::int64_t score_stride) {
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
-      double sum = 0.0;
-      for (std::int64_t i = 0; i < head_dim; ++i) {
-        sum +=
-            static_cast<double>(q[g * head_dim + i]) * static_cast<double>(key_element(keys, head_dim, j, i));
-      }
-      scores[g * score_stride + j] = scale * static_cast<float>(sum);
-    }
-  }
 }
 
 float exp_sum(float* x, std::int64_t size, float shift) {
@@ -205,6 +192,20 @@ void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
 }
 
 }  // namespace
+
+void reference_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                float scale, float* scores, std::int64_t score_stride) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < head_dim; ++i) {
+        sum +=
+            static_cast<double>(q[g * head_dim + i]) * static_cast<double>(key_element(keys, head_dim, j, i));
+      }
+      scores[g * score_stride + j] = scale * static_cast<float>(sum);
+    }
+  }
+}
 
 void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                      const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
@@ -275,10 +276,12 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
 }
 
 const Kernels& reference_table() {
-  static constexpr Kernels kTable = {
-      "reference",       matmul,     quantise,    rms_norm,  rotate, attention_scores, exp_sum,
-      attention_values,  scale,      add_scaled,  to_half,   false,  split_planes,     reference_tiles,
-      reference_neurons, run_maxima, exp_weights, mass_above};
+  static constexpr Kernels kTable = {"reference",  matmul,           quantise,
+                                     rms_norm,     rotate,           reference_attention_scores,
+                                     exp_sum,      attention_values, scale,
+                                     add_scaled,   to_half,          false,
+                                     split_planes, reference_tiles,  reference_neurons,
+                                     run_maxima,   exp_weights,      mass_above};
   return kTable;
 }
 

@@ -141,16 +141,19 @@ void Session::store_steps(std::byte* tile, std::int64_t lane, bool value, const 
     }
     const float inverse = scale > 0.0F ? 1.0F / scale : 0.0F;
     std::byte* const key_block = tile + block * kKeyTile * (2 + kQ8Block);
+    std::byte* const value_row = tile + kKeyTile * blocks * 2 + lane * dim + begin;
     std::memcpy(value ? tile + 2 * (lane * blocks + block) : key_block + 2 * lane, &stored, sizeof stored);
-    std::byte* to =
-        value ? tile + kKeyTile * blocks * 2 + lane * dim + begin : key_block + kKeyTile * 2 + lane;
-    const std::int64_t stride = value ? 1 : kKeyTile;
-    for (std::int64_t i = 0; i < count; ++i, to += stride) {
+    for (std::int64_t i = 0; i < count; ++i) {
       const float steps = scale > 0.0F ? std::clamp(from[begin + i] * inverse, -127.0F, 127.0F) : 0.0F;
       const float rounded = steps + 12582912.0F;  // 1.5 * 2^23: rounds to nearest
       std::int32_t bits;
       std::memcpy(&bits, &rounded, sizeof bits);
-      *to = static_cast<std::byte>(bits & 0xFF);
+      if (value) {
+        value_row[i] = static_cast<std::byte>(bits & 0xFF);
+      } else {
+        const std::int64_t word = i / kQ8Word * kKeyTile * kQ8Word + lane * kQ8Word + i % kQ8Word;
+        key_block[kKeyTile * 2 + word] = static_cast<std::byte>((bits + 128) & 0xFF);
+      }
     }
   }
 }

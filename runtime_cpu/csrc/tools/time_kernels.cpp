@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "huge_memory.hpp"
@@ -147,6 +148,35 @@ void time_experts(const Kernels& kernels, const Weights& weights, const Inputs& 
   }
 }
 
+// One token of the 4B model after 2,048 others: 32 layers of two key heads, which six query heads share.
+void time_attention(const Kernels& kernels, int repeats) {
+  constexpr std::int64_t kHeads = 64;
+  constexpr std::int64_t kPositions = 2048;
+  constexpr std::int64_t kDim = 128;
+  constexpr std::int64_t kShared = 6;
+  std::vector<float> query(kShared * kDim, 0.01F);
+  std::vector<float> out(kShared * kDim);
+  std::vector<float> scores(kShared * kPositions);
+  for (const KvType type : {KvType::kF16, KvType::kQ8}) {
+    const std::int64_t bytes =
+        type == KvType::kF16 ? kPositions * kDim * 2 : kPositions / kKeyTile * Q8Tile::bytes(kDim);
+    HugeMemory cache(static_cast<std::size_t>(2 * kHeads * bytes));
+    std::memset(cache.data(), 0x11, static_cast<std::size_t>(2 * kHeads * bytes));
+    const char* name = type == KvType::kF16 ? "attention, 2,048 keys, f16" : "attention, 2,048 keys, q8";
+    report(kernels.name, name, "ms", -1e-3, repeats, [&] {
+      for (std::int64_t h = 0; h < kHeads; ++h) {
+        const std::byte* keys = cache.data() + 2 * h * bytes;
+        kernels.attention_scores(query.data(), kShared, kDim, {keys, type, kPositions / kKeyTile, 0}, 0.1F,
+                                 scores.data(), kPositions);
+        for (std::int64_t g = 0; g < kShared; ++g)
+          kernels.exp_sum(scores.data() + g * kPositions, kPositions, 1.0F);
+        kernels.attention_values(scores.data(), kPositions, kShared, kDim,
+                                 {keys + bytes, type, kPositions, 0}, out.data());
+      }
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -157,6 +187,7 @@ int main(int argc, char** argv) {
     const Inputs x(*kernels, kTokens, kHidden);
     time_dense(*kernels, weights, x, repeats);
     time_experts(*kernels, weights, x, repeats);
+    time_attention(*kernels, repeats);
   }
   return 0;
 }
