@@ -36,12 +36,8 @@ from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
-from runtime_cpu.memory import (
-    MemoryPlan,
-    parse_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
+from runtime_cpu.memory import MemoryPlan, parse_bytes, release_free_memory
+from runtime_cpu.peak_memory import peak_resident_bytes
 from runtime_cpu.planning import CHUNK_TOKENS, KV_TYPES, Planner
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
