@@ -183,6 +183,7 @@ class Runtime {
   }
   void head(std::int64_t first, std::int64_t rows, float* logits);
   void predicted_head(std::int64_t row, float* logits);
+  void scattered_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const;
   void named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const;
   void quantise(const ActivationBuffer& at);
   void normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row);
