@@ -71,10 +71,7 @@ void Runtime::scattered_rows(std::int64_t begin, std::int64_t end, const Activat
     }
   }
   const auto fetch = [&](std::int64_t first) {
-    for (std::int64_t n = first; n < std::min(count, first + kTileRows); ++n) {
-      const std::byte* row = matrix.row(named[n]);
-      for (std::size_t at = 0; at < matrix.row_bytes + 64; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
+    for (std::int64_t n = first; n < std::min(count, first + kTileRows); ++n) prefetch_row(matrix, named[n]);
   };
   // Aligned as the kernels' streams are, and as long as a thread lives: a row can be any number of columns.
   const TileMatrix shape{nullptr, kTileRows, matrix.cols};

@@ -81,14 +81,55 @@ void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begi
   }
 }
 
+namespace {
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SMALLTHINKER_SHUFFLES
+#endif
+#endif
+
+#if defined(SMALLTHINKER_SHUFFLES)
+// Four words of four rows to four rows of a word, which is what a tile's lanes are.
+void four_rows_to_tile(const std::byte* const* rows, std::byte* nibbles) {
+  typedef std::int32_t Words __attribute__((vector_size(16)));
+  Words row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows[i], sizeof row[i]);
+  const Words a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Words b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Words c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Words d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Words words[4] = {
+      __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+      __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(nibbles + i * 64, &words[i], sizeof words[i]);
+}
+#endif
+
+}  // namespace
+
 void gather_tile(const Matrix& stock, const std::int64_t* rows, std::int64_t count, std::byte* out) {
   const std::int64_t blocks = stock.cols / kActivationBlock;
   const TileMatrix tiled{nullptr, kTileRows, stock.cols};
-  if (count < kTileRows) {
-    std::memset(out, 0, tiled.tile_bytes());
-  } else if (blocks % 2 != 0) {
-    std::memset(at(out, blocks / 2 * kTilePairBytes), 0, static_cast<std::size_t>(kTilePairBytes));
+#if defined(SMALLTHINKER_SHUFFLES)
+  if (count == kTileRows) {
+    const std::byte* from[kTileRows];
+    for (std::int64_t r = 0; r < kTileRows; ++r) from[r] = stock.row(rows[r]) + 2;
+    if (blocks % 2 != 0) std::memset(at(out, blocks / 2 * kTilePairBytes), 0, kTilePairBytes);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      std::byte* pair = at(out, b / 2 * kTilePairBytes);
+      std::byte* scales = at(pair, 512 + b % 2 * 32);
+      for (std::int64_t r = 0; r < kTileRows; r += 4)
+        four_rows_to_tile(from + r, at(pair, b % 2 * 256 + r * 4));
+      for (std::int64_t r = 0; r < kTileRows; ++r) {
+        std::memcpy(scales + 2 * r, from[r] - 2, 2);
+        from[r] += kStockBlock;
+      }
+    }
+    return;
   }
+#endif
+  std::memset(out, 0, tiled.tile_bytes());
   for (std::int64_t r = 0; r < count; ++r) row_to_tile(stock.row(rows[r]), blocks, r, out);
 }
 

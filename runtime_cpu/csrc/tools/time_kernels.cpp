@@ -148,6 +148,40 @@ void time_experts(const Kernels& kernels, const Weights& weights, const Inputs& 
   }
 }
 
+// Rows of an output matrix of 131 MB that a predictor names here and there, and the whole of it.
+void time_head(const Kernels& kernels, const Inputs& x, int repeats) {
+  constexpr std::int64_t kVocab = 151936;
+  Matrix rows = make_matrix(nullptr, Type::kQ4_0, kHidden, kVocab);
+  HugeMemory stock(rows.row_bytes * kVocab);
+  std::memset(stock.data(), 0x11, rows.row_bytes * kVocab);
+  rows.data = stock.data();
+  TileMatrix tiles{nullptr, kVocab, kHidden};
+  HugeMemory tiled(tiles.bytes());
+  pack_tiles(rows, 0, 0, tiles.tiles(), tiled.data());
+  tiles.data = tiled.data();
+  std::vector<float> out(kVocab);
+  report(kernels.name, "head, whole", "ms", -1e-3, repeats,
+         [&] { kernels.tiles(tiles, 0, tiles.tiles(), x.view(kHidden), 1, out.data(), kVocab); });
+  HugeMemory tile(tiles.tile_bytes());
+  for (const int percent : {4, 8, 16}) {
+    std::vector<std::int64_t> named;
+    std::uint32_t random = 1;
+    for (std::int64_t i = 0; i < kVocab; ++i) {
+      random = random * 1664525U + 1013904223U;
+      if (random >> 8U < static_cast<std::uint32_t>(percent) * ((1U << 24U) / 100)) named.push_back(i);
+    }
+    char what[64];
+    std::snprintf(what, sizeof what, "head, %d %% of rows, scattered", percent);
+    report(kernels.name, what, "ms", -1e-3, repeats, [&] {
+      for (std::size_t at = 0; at + 16 <= named.size(); at += 16) {
+        for (std::size_t n = at + 16; n < std::min(named.size(), at + 32); ++n) prefetch_row(rows, named[n]);
+        gather_tile(rows, named.data() + at, 16, tile.data());
+        kernels.tiles({tile.data(), 16, kHidden}, 0, 1, x.view(kHidden), 1, out.data(), 16);
+      }
+    });
+  }
+}
+
 // One token of the 4B model after 2,048 others: 32 layers of two key heads, which six query heads share.
 void time_attention(const Kernels& kernels, int repeats) {
   constexpr std::int64_t kHeads = 64;
@@ -188,6 +222,7 @@ int main(int argc, char** argv) {
     time_dense(*kernels, weights, x, repeats);
     time_experts(*kernels, weights, x, repeats);
     time_attention(*kernels, repeats);
+    time_head(*kernels, x, repeats);
   }
   return 0;
 }
