@@ -49,7 +49,9 @@ class Measured(Protocol):
 class OurEngine:
     """runtime_cpu, asked as its users ask it."""
 
-    def __init__(self, model: str, threads: int, context: int, memory: int | None, kv_type: str) -> None:
+    def __init__(
+        self, model: str, threads: int, context: int, memory: int | None, kv_type: str = "auto"
+    ) -> None:
         from runtime_cpu import Engine
 
         self._engine = Engine.open(model, threads, context, memory, sessions=1, kv_type=kv_type)
