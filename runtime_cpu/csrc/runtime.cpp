@@ -99,6 +99,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   take(cosines, chunk * (hyper.head_dim / 2));
   take(sines, chunk * (hyper.head_dim / 2));
   take(thread_scores, threads * groups * score_stride(hyper, layout));
+  take(thread_totals, threads * groups);
   take(expert_ids, all_slots);
   take(slots, all_slots);
   take(slot_tokens, all_slots);
@@ -393,6 +394,7 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
   const std::int64_t origin = begin / kKeyTile * kKeyTile;  // position of scores[0]
   const std::int64_t stride = score_stride(hyper, layout_);
   float* scores = scratch_.thread_scores + thread * (hyper.heads / hyper.kv_heads) * stride;
+  float* totals = scratch_.thread_totals + thread * (hyper.heads / hyper.kv_heads);
   const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
   const Session& session = *row.session;
   for (std::int64_t at = begin; at < end;) {
@@ -405,9 +407,7 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
   std::fill_n(out, groups * dim, 0.0F);
   for (std::int64_t g = 0; g < groups; ++g) {
     float* run = weights + g * stride;
-    const float peak = *std::max_element(run, run + (end - begin));
-    const float sum = kernels_.exp_sum(run, end - begin, peak);
-    kernels_.scale(run, end - begin, 1.0F / sum);
+    totals[g] = kernels_.exp_sum(run, end - begin, greatest(run, end - begin));
   }
   for (std::int64_t at = begin; at < end;) {
     const std::int64_t stop = session.contiguous(layer, at, end);
@@ -415,6 +415,20 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
                               session.values(layer, kv_head, at, stop), out);
     at = stop;
   }
+  // The values' sum instead of every weight.
+  for (std::int64_t g = 0; g < groups; ++g) kernels_.scale(out + g * dim, dim, 1.0F / totals[g]);
+}
+
+float Runtime::greatest(const float* x, std::int64_t size) const {
+  constexpr std::int64_t kRuns = 64;
+  float maxima[kRuns];
+  float best = -std::numeric_limits<float>::infinity();
+  for (std::int64_t begin = 0; begin < size; begin += kRuns * kLogitRun) {
+    const std::int64_t count = std::min(size - begin, kRuns * kLogitRun);
+    kernels_.run_maxima(x + begin, count, maxima);
+    best = std::max(best, *std::max_element(maxima, maxima + (count + kLogitRun - 1) / kLogitRun));
+  }
+  return best;
 }
 
 // Choose the k greatest logits of every token (the lower index among equals), weight them, and sort the

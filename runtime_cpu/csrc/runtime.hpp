@@ -106,7 +106,7 @@ struct Scratch {
   float* partial;                                  // packed experts: [split slots][slices][padded hidden]
   float *thread_gates, *thread_sums;               // per thread: [kTokenBlock][slice], [padded hidden]
   float *cosines, *sines;                          // [chunk][head_dim / 2]
-  float* thread_scores;                            // per thread: [groups][score_stride]
+  float *thread_scores, *thread_totals;            // per thread: [groups][score_stride], [groups]
   std::int32_t *expert_ids, *slots, *slot_tokens;  // [chunk][k], [chunk][k], [chunk * k]
   std::int32_t* expert_begin;                      // [experts + 1]
 
@@ -165,6 +165,7 @@ class Runtime {
   void run_layer(std::int64_t index, std::span<const BatchRow> rows);
   void attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
               std::int64_t first, std::int64_t groups, int thread);
+  float greatest(const float* x, std::int64_t size) const;
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);
