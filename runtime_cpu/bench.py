@@ -41,6 +41,7 @@ from runtime_cpu.bench_worker import PEER_MODULE, versions
 from runtime_cpu.engine import model_file
 from runtime_cpu.inspect import bytes_per_token
 from runtime_cpu.memory import format_bytes, parse_bytes
+from runtime_cpu.planning import KV_TYPES
 from runtime_cpu.synth import text_like_ids
 
 __all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "bytes_per_token", "main"]
@@ -63,6 +64,7 @@ class Plan:
         memory_bytes: limit of every process.
         text_like: prompts whose tokens share experts as those of text do, for files of :mod:`runtime_cpu.synth`;
             otherwise tokens are independent.
+        kv_type: of our keys and values, as :meth:`Engine.open` takes it.
         peer_python: interpreter that has the peer's package; by default this one.
     """
 
@@ -75,6 +77,7 @@ class Plan:
     engines: Sequence[str] = (OURS,)
     memory_bytes: int | None = None
     text_like: bool = False
+    kv_type: str = "auto"
     peer_python: Path | None = None
 
     @property
@@ -98,6 +101,7 @@ class _Worker:
             "context": plan.context,
             "memory_bytes": plan.memory_bytes,
             "repack": plan.memory_bytes is None,
+            "kv_type": plan.kv_type,
         }
         self._process = subprocess.Popen(
             [*command, json.dumps(settings)],
@@ -359,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts of a synthetic model's text-like ids (default: independent ids)",
     )
     add("--memory", metavar="SIZE", help="limit of every process, such as 1GiB")
+    add("--kv", choices=KV_TYPES, default="auto", help="our keys and values (default: %(default)s)")
     add("--contend", action="store_true", help="meanwhile another process burns one core")
     add("--json", metavar="OUT", help="write everything measured to this file; - for standard output")
     add("--plot", metavar="PNG", type=Path, help="draw the speeds (package matplotlib)")
@@ -388,6 +393,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         engines=peer if options.peer_only else [OURS, *peer],
         memory_bytes=None if options.memory is None else parse_bytes(options.memory),
         text_like=options.text_like,
+        kv_type=options.kv,
         peer_python=options.peer_python,
     )
 

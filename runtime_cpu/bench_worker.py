@@ -14,9 +14,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -49,10 +49,12 @@ class Measured(Protocol):
 class OurEngine:
     """runtime_cpu, asked as its users ask it."""
 
-    def __init__(self, model: str, threads: int, context: int, memory: int | None) -> None:
+    def __init__(
+        self, model: str, threads: int, context: int, memory: int | None, kv_type: str = "auto"
+    ) -> None:
         from runtime_cpu import Engine
 
-        self._engine = Engine.open(model, threads, context, memory, sessions=1)
+        self._engine = Engine.open(model, threads, context, memory, sessions=1, kv_type=kv_type)
         self.vocab_size = self._engine.info.vocab_size
 
     def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
@@ -136,19 +138,13 @@ class Peer:
         return int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax())
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held since it became this program.
-
-    ``getrusage`` would not do: Linux carries the parent's figure over ``exec``.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _peak_resident_bytes() -> int:
+    # By its place: with -I, and without our package, nothing beside this file can be imported.
+    spec = importlib.util.spec_from_file_location("peak_memory", Path(__file__).with_name("peak_memory.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.peak_resident_bytes())
 
 
 def versions() -> dict[str, str]:
@@ -166,7 +162,7 @@ def _open(settings: dict[str, Any]) -> Measured:
     model, threads, context = settings["model"], settings["threads"], settings["context"]
     if settings["engine"] == PEER_MODULE:
         return Peer(model, threads, context, settings["repack"])
-    return OurEngine(model, threads, context, settings.get("memory_bytes"))
+    return OurEngine(model, threads, context, settings.get("memory_bytes"), settings.get("kv_type", "auto"))
 
 
 def _serve(settings: dict[str, Any]) -> int:
@@ -179,7 +175,7 @@ def _serve(settings: dict[str, Any]) -> int:
                 engine = _open(settings)
                 answer = {"versions": versions(), "vocab_size": engine.vocab_size}
             elif operation == "memory":
-                answer = {"peak_rss_bytes": peak_memory_bytes()}
+                answer = {"peak_rss_bytes": _peak_resident_bytes()}
             else:
                 assert engine is not None
                 run = values[0]

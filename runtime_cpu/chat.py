@@ -17,6 +17,7 @@ from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
 from runtime_cpu.generation import Stats
 from runtime_cpu.head import HEADS
 from runtime_cpu.memory import format_bytes
+from runtime_cpu.planning import KV_TYPES
 from runtime_cpu.tokenizer import TokenizerError
 
 _HELP = """/reset  forget the conversation
@@ -102,6 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int)
     parser.add_argument("--memory", help="limit for everything, such as 1GiB")
     parser.add_argument(
+        "--kv",
+        choices=KV_TYPES,
+        default="auto",
+        help="keys and values: q8 takes half the memory of f16 and rounds to 8 bits (default: %(default)s)",
+    )
+    parser.add_argument(
         "--head", choices=HEADS, default="exact", help="predictor: faster, and it can lose tokens"
     )
     options = parser.parse_args(arguments)
@@ -109,7 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed}
     try:
         engine = Engine.open(
-            options.model, options.threads, options.context, options.memory, sessions=1, head=options.head
+            options.model,
+            options.threads,
+            options.context,
+            options.memory,
+            kv_type=options.kv,
+            sessions=1,
+            head=options.head,
         )
         conversation = Conversation(engine, options.system, options.max_tokens, sampling)
         engine.generate([0], options.max_tokens, **sampling).close()  # checks the options before anyone types

@@ -36,13 +36,9 @@ from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
-from runtime_cpu.memory import (
-    MemoryPlan,
-    parse_bytes,
-    peak_resident_bytes,
-    release_free_memory,
-)
-from runtime_cpu.planning import CHUNK_TOKENS, Planner
+from runtime_cpu.memory import MemoryPlan, parse_bytes, release_free_memory
+from runtime_cpu.peak_memory import peak_resident_bytes
+from runtime_cpu.planning import CHUNK_TOKENS, KV_TYPES, Planner
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
 _log = logging.getLogger(__name__)
@@ -66,7 +62,7 @@ class ModelInfo:
         rope_layout, sliding_window_layout: 1 where the layer rotates, 1 where it is windowed.
         router: ``"softmax"`` or ``"sigmoid"``.
         file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
-        kv_type: ``"f32"`` or ``"f16"``; ``kernels``: ``"reference"``, ``"avx2"``, …
+        kv_type: ``"f32"``, ``"f16"`` or ``"q8"``; ``kernels``: ``"reference"``, ``"avx2"``, …
         head: ``"exact"`` or ``"predictor"``; ``head_predictor``: that of the file, whether in use or not.
     """
 
@@ -150,7 +146,8 @@ class Engine:
             memory: bytes for the whole process (weights, KV cache, scratch, tokenizer, interpreter): a number or
                 ``"1GiB"``. When not all experts fit, they are read from the file as they are needed.
             kernels: ``"auto"`` or a name of :func:`available_kernels`; by default ``$RUNTIME_CPU_KERNELS``, else auto.
-            kv_type: ``"f32"``, ``"f16"`` or ``"auto"`` (f32 for files that hold F32 weights only).
+            kv_type: of keys and values: ``"f32"``, ``"f16"``, ``"q8"`` (8 bits and a scale for each 32: half the
+                bytes, rounded) or ``"auto"`` (f16; f32 for files that hold F32 weights only).
             sessions: generations open at once; by default 4, fewer if ``memory`` is short.
             chunk_tokens: prompt tokens computed together, 1 to 4096.
             wait_s: how long a further generation waits for a free sequence state.
@@ -173,8 +170,8 @@ class Engine:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = min(cores, MAX_THREADS) if threads is None else _integer("threads", threads, 1, MAX_THREADS)
         chunk_tokens = _integer("chunk_tokens", chunk_tokens, 1, 4096)
-        if kv_type not in ("auto", "f32", "f16"):
-            raise ValueError(f"kv_type is {kv_type!r}; allowed are 'auto', 'f32' and 'f16'")
+        if kv_type not in KV_TYPES:
+            raise ValueError(f"kv_type is {kv_type!r}; allowed are {', '.join(map(repr, KV_TYPES))}")
         kernels = kernels or os.environ.get(KERNELS_VARIABLE) or "auto"
         allowed = ["auto", *_core.available_kernels()]
         if kernels not in allowed:
@@ -467,6 +464,11 @@ class Engine:
         self, sessions: Sequence[_core.Session], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
     ) -> None:
         self._open_runtime().decode(sessions, token_ids, logits)
+
+    def _sample(
+        self, sampler: _core.Sampler, row: NDArray[np.float32], top_logprobs: int
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        return self._open_runtime().sample(sampler, row, top_logprobs)
 
     def _finish(self, stats: Stats, session: _core.Session) -> None:
         self._batcher.leave(session)

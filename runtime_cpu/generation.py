@@ -243,7 +243,7 @@ class Generation(Iterator[Token]):
                         stats.finish_reason = "length"
                         return
                     choosing = time.perf_counter()
-                    token_id, logprob, top = sampler.sample(rows[row], options.logprobs)
+                    token_id, logprob, top = engine._sample(sampler, rows[row], options.logprobs)
                     if stats.generated_tokens == 0:
                         stats.first_token_s = time.perf_counter() - started
                     else:

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import re
 import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +69,6 @@ def resident_bytes() -> int:
     except (OSError, IndexError, ValueError):
         return 0
     return pages * resource.getpagesize()
-
-
-def peak_resident_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def release_free_memory() -> None:

@@ -10,6 +10,7 @@ from runtime_cpu import _core
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, resident_bytes
 
 CHUNK_TOKENS = 256
+KV_TYPES = ("auto", "f32", "f16", "q8")
 DEFAULT_SESSIONS = 4
 _CONTEXT_STEP = 256
 _WORTH_OFFLOADING = 4096  # a shorter context than this is not worth keeping all experts in memory

@@ -271,11 +271,11 @@ nb::dict expert_counters(const PyRuntime& self) {
   return result;
 }
 
-nb::tuple sample(st::Sampler& self, const LogitRow& logits, std::int64_t top) {
+nb::tuple sample(PyRuntime& self, st::Sampler& sampler, const LogitRow& logits, std::int64_t top) {
   st::Choice choice;
   {
     const nb::gil_scoped_release release;
-    choice = self.sample({logits.data(), logits.shape(0)}, top);
+    choice = self.runtime.sample(sampler, {logits.data(), logits.shape(0)}, top);
   }
   return nb::make_tuple(choice.id, choice.logprob, choice.top);
 }
@@ -390,6 +390,7 @@ NB_MODULE(_core, m) {
              if (s.runtime.experts() != nullptr) s.runtime.experts()->load_all();
            })
       .def("expert_counters", &expert_counters)
+      .def("sample", &sample, nb::arg("sampler"), nb::arg("logits"), nb::arg("top_logprobs"))
       .def("new_session",
            [](const PyRuntime& s) {
              return PySession{s.model, st::Session(s.runtime.kv_layout(), s.model->hyper)};
@@ -397,7 +398,7 @@ NB_MODULE(_core, m) {
       .def("forward", &forward, nb::arg("session"), nb::arg("token_ids"), nb::arg("logits").none())
       .def_prop_ro("kernels", [](const PyRuntime& s) { return std::string(s.runtime.kernels().name); })
       .def_prop_ro("kv_type",
-                   [](const PyRuntime& s) { return std::string(s.runtime.kv_layout().half ? "f16" : "f32"); })
+                   [](const PyRuntime& s) { return std::string(st::name_of(s.runtime.kv_layout().type)); })
       .def_prop_ro("threads", [](const PyRuntime& s) { return s.runtime.threads(); });
 
   nb::class_<st::Sampler>(m, "Sampler")
@@ -413,6 +414,5 @@ NB_MODULE(_core, m) {
              new (self) st::Sampler(vocab, std::move(o));
            })
       .def("observe_prompt",
-           [](st::Sampler& s, const std::vector<std::int32_t>& tokens) { s.observe_prompt(tokens); })
-      .def("sample", &sample);
+           [](st::Sampler& s, const std::vector<std::int32_t>& tokens) { s.observe_prompt(tokens); });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <vector>
 
 #include "runtime.hpp"
 
@@ -42,42 +43,66 @@ void Runtime::predicted_head(std::int64_t row, float* logits) {
   });
   if (named < std::min(kLeastHeadRows, vocab)) {
     ++counters_.head_fallbacks;
-    return head(row, 1, logits);
+    if (weights_.head_rows.data == nullptr) return head(row, 1, logits);
+    std::fill_n(logits, vocab, std::numeric_limits<float>::infinity());  // every row is named
+    named = vocab;
   }
   counters_.head_rows += static_cast<std::uint64_t>(vocab);
   counters_.head_rows_computed += static_cast<std::uint64_t>(named.load());
   pool_.run(pieces, [&](std::int64_t piece, int) {
-    named_rows(piece * kRowsPerPiece, std::min(vocab, (piece + 1) * kRowsPerPiece), x.view(), logits);
+    const auto compute = weights_.head_rows.data != nullptr ? &Runtime::scattered_rows : &Runtime::named_rows;
+    (this->*compute)(piece * kRowsPerPiece, std::min(vocab, (piece + 1) * kRowsPerPiece), x.view(), logits);
   });
 }
 
-// Rows [begin, end), of which begin starts a tile. Neighbours are computed together; of tiles, all rows are
-// read when one is named, and the others' results dropped.
-void Runtime::named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const {
-  const Linear& matrix = weights_.head;
+// Rows [begin, end). The named ones are gathered, sixteen to a tile: only they are read, and the tile kernel
+// gives them the exact head's bits.
+void Runtime::scattered_rows(std::int64_t begin, std::int64_t end, const Activations& x,
+                             float* logits) const {
+  const Matrix& matrix = weights_.head_rows;
   const float threshold = model_->head_predictor->threshold;
-  const std::int64_t unit = matrix.tiled() ? kTileRows : 1;
-  const auto named = [&](std::int64_t first) {
-    return std::any_of(logits + first, logits + std::min(end, first + unit),
-                       [&](float score) { return score > threshold; });
+  std::int64_t named[kRowsPerPiece + kTileRows];
+  std::int64_t count = 0;
+  for (std::int64_t i = begin; i < end; ++i) {
+    if (logits[i] > threshold) {
+      named[count++] = i;
+    } else {
+      logits[i] = -std::numeric_limits<float>::infinity();
+    }
+  }
+  const auto fetch = [&](std::int64_t first) {
+    for (std::int64_t n = first; n < std::min(count, first + kTileRows); ++n) prefetch_row(matrix, named[n]);
   };
+  // Aligned as the kernels' streams are, and as long as a thread lives: a row can be any number of columns.
+  const TileMatrix shape{nullptr, kTileRows, matrix.cols};
+  static thread_local std::vector<std::byte> memory;
+  memory.resize(shape.tile_bytes() + 64);
+  std::byte* const tile = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) % 64;
+  float computed[kTileRows];
+  fetch(0);
+  for (std::int64_t first = 0; first < count; first += kTileRows) {
+    fetch(first + kTileRows);
+    const std::int64_t size = std::min(count - first, kTileRows);
+    gather_tile(matrix, named + first, size, tile);
+    kernels_.tiles({tile, kTileRows, matrix.cols}, 0, 1, x, 1, computed, kTileRows);
+    for (std::int64_t n = 0; n < size; ++n) logits[named[first + n]] = computed[n];
+  }
+}
+
+// Rows [begin, end) of a matrix in rows; neighbours are computed together.
+void Runtime::named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const {
+  const Matrix& matrix = weights_.head.stock;
+  const float threshold = model_->head_predictor->threshold;
   float computed[kMostTogether];
   for (std::int64_t at = begin; at < end;) {
-    if (!named(at)) {
-      std::fill(logits + at, logits + std::min(end, at + unit), -std::numeric_limits<float>::infinity());
-      at += unit;
+    if (!(logits[at] > threshold)) {
+      logits[at++] = -std::numeric_limits<float>::infinity();
       continue;
     }
-    std::int64_t stop = at + unit;
-    while (stop < end && stop - at < kMostTogether && named(stop)) stop += unit;
-    if (matrix.tiled()) {
-      kernels_.tiles(matrix.tiles, at / kTileRows, stop / kTileRows, x, 1, computed, kMostTogether);
-    } else {
-      kernels_.matmul(matrix.stock, 0, at, stop, x, 1, computed, kMostTogether);
-    }
-    for (std::int64_t i = at; i < std::min(end, stop); ++i) {
-      logits[i] = logits[i] > threshold ? computed[i - at] : -std::numeric_limits<float>::infinity();
-    }
+    std::int64_t stop = at + 1;
+    while (stop < end && stop - at < kMostTogether && logits[stop] > threshold) ++stop;
+    kernels_.matmul(matrix, 0, at, stop, x, 1, computed, kMostTogether);
+    std::copy_n(computed, stop - at, logits + at);
     at = stop;
   }
 }

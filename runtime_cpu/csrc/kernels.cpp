@@ -44,6 +44,9 @@ std::vector<const Kernels*> available_kernels() {
       table.split_planes = avx512_split_planes;
       table.tiles = avx512_tiles;
       table.neurons = avx512_neurons;
+      table.run_maxima = avx512_run_maxima;
+      table.exp_weights = avx512_exp_weights;
+      table.mass_above = avx512_mass_above;
       return table;
     }();
     if (has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&
@@ -61,6 +64,7 @@ std::vector<const Kernels*> available_kernels() {
     table.name = "neon_dotprod";
     table.tiles = neon_dotprod_tiles;
     table.neurons = neon_dotprod_neurons;
+    table.attention_scores = neon_dotprod_attention_scores;
     return table;
   }();
   static const Kernels i8mm = [] {

@@ -24,11 +24,35 @@ namespace smallthinker {
 // values lie position by position, [head_dim].
 inline constexpr std::int64_t kKeyTile = 16;
 
+enum class KvType { kF32, kF16, kQ8 };
+
+// 8-bit keys and values: whole numbers in [-127, 127] with an fp16 scale for each 32 dimensions. Both lie in
+// tiles of 16 positions of the same size. Of keys, per 32 dimensions, [16] scales and [dims / 4][16][4] steps
+// plus 128, the unsigned side of a byte product; of values [16][blocks] scales and [16][head_dim] steps.
+inline constexpr std::int64_t kQ8Block = 32;
+inline constexpr std::int64_t kQ8Word = 4;  // dimensions of a key side by side
+struct Q8Tile {
+  SMALLTHINKER_INLINE static std::int64_t blocks(std::int64_t head_dim) {
+    return (head_dim + kQ8Block - 1) / kQ8Block;
+  }
+  SMALLTHINKER_INLINE static std::int64_t bytes(std::int64_t head_dim) {
+    return kKeyTile * (2 * blocks(head_dim) + (head_dim + kQ8Word - 1) / kQ8Word * kQ8Word);
+  }
+};
+
 // Keys or values of consecutive positions: `count` tiles or rows, one after the other.
 struct KvRows {
   const void* data = nullptr;
-  bool half = false;  // F16, else F32
+  KvType type = KvType::kF32;
   std::int64_t count = 0;
+  std::int64_t first = 0;  // of 8-bit values: the first one's place in its tile
+};
+
+inline constexpr std::int64_t kLogitRun = 64;  // logits whose greatest one is kept
+
+struct LogitMass {
+  float sum = 0.0F;
+  std::int64_t count = 0;  // of weights above 0
 };
 
 struct Kernels {
@@ -76,9 +100,19 @@ struct Kernels {
   std::int64_t (*neurons)(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                           std::int64_t group_end, const float* gate, const Activations& x, std::int64_t token,
                           float* out);
+
+  // Choosing a token (logit_kernels.hpp). The greatest of each 64 of x; NaN is passed over.
+  void (*run_maxima)(const float* x, std::int64_t size, float* maxima);
+  // The sum of w = exp((x[i] - shift) * factor) over x[i] <= shift, factor > 0. With `out`, w is written
+  // there, as 0 where it is less than `least` or no number; without, NaN shows in the sum.
+  float (*exp_weights)(const float* x, std::int64_t size, float shift, float factor, float least, float* out);
+  // The weights of the x that are at least `bound`. Not less for a lower bound: same order of sums.
+  LogitMass (*mass_above)(const float* x, const float* weights, std::int64_t size, float bound);
 };
 
 const Kernels& reference_table();
+void reference_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                float scale, float* scores, std::int64_t score_stride);
 void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                      const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
 std::int64_t reference_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
@@ -101,6 +135,10 @@ void avx512_attention_values(const float* weights, std::int64_t weight_stride, s
 void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+void avx512_run_maxima(const float* x, std::int64_t size, float* maxima);
+float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,
+                         float* out);
+LogitMass avx512_mass_above(const float* x, const float* weights, std::int64_t size, float bound);
 std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                             std::int64_t group_end, const float* gate, const Activations& x,
                             std::int64_t token, float* out);
@@ -118,6 +156,8 @@ std::int64_t neon_neurons(const ExpertShape& shape, const std::byte* expert, std
 // The dot-product table is NEON's with these, and the i8mm table is that with its own tiles.
 void neon_dotprod_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                         const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+void neon_dotprod_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                   float scale, float* scores, std::int64_t score_stride);
 std::int64_t neon_dotprod_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                                   std::int64_t group_end, const float* gate, const Activations& x,
                                   std::int64_t token, float* out);

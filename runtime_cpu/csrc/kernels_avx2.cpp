@@ -4,7 +4,9 @@
 
 #include <cstring>
 
+#include "attention_q8.hpp"
 #include "kernels.hpp"
+#include "logit_kernels.hpp"
 
 namespace smallthinker {
 namespace {
@@ -361,9 +363,35 @@ void score_rows(const float* q, std::int64_t groups, std::int64_t head_dim, cons
     score_group<Row, 1>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
 }
 
+struct Bytes {
+  using Vec = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr int kGroups = 4;
+  static constexpr int kTiles = 1;
+  static constexpr int kPanel = 2;
+  static SMALLTHINKER_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
+  static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm256_loadu_ps(at); }
+  static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm256_storeu_ps(at, value); }
+  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::eight(at); }
+  static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
+  static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
+    const __m256i steps =
+        _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), _mm256_set1_epi8(-128));
+    const __m256i upper = _mm256_sll_epi32(steps, _mm_cvtsi32_si128(24 - 8 * byte));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 24));
+  }
+  static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
+    const __m128i steps = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(steps));
+  }
+};
+
 void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float factor,
                       float* scores, std::int64_t stride) {
-  if (keys.half) return score_rows<RowF16>(q, groups, head_dim, keys, factor, scores, stride);
+  if (keys.type == KvType::kQ8) return q8_scores<Bytes>(q, groups, head_dim, keys, factor, scores, stride);
+  if (keys.type == KvType::kF16) return score_rows<RowF16>(q, groups, head_dim, keys, factor, scores, stride);
   return score_rows<RowF32>(q, groups, head_dim, keys, factor, scores, stride);
 }
 
@@ -422,7 +450,10 @@ void value_rows(const float* weights, std::int64_t weight_stride, std::int64_t g
 
 void attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
                       std::int64_t head_dim, KvRows values, float* out) {
-  if (values.half) return value_rows<RowF16>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kQ8)
+    return q8_values<Bytes>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kF16)
+    return value_rows<RowF16>(weights, weight_stride, groups, head_dim, values, out);
   return value_rows<RowF32>(weights, weight_stride, groups, head_dim, values, out);
 }
 
@@ -471,9 +502,10 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 }  // namespace
 
 const Kernels& avx2_table() {
-  static constexpr Kernels kTable = {"avx2",           matmul,  quantise,          rms_norm,   rotate,
-                                     attention_scores, exp_sum, attention_values,  scale,      add_scaled,
-                                     to_half,          true,    avx2_split_planes, avx2_tiles, avx2_neurons};
+  static constexpr Kernels kTable = {
+      "avx2",           matmul,        quantise,       rms_norm,     rotate, attention_scores,  exp_sum,
+      attention_values, scale,         add_scaled,     to_half,      true,   avx2_split_planes, avx2_tiles,
+      avx2_neurons,     run_maxima<8>, exp_weights<8>, mass_above<8>};
   return kTable;
 }
 

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.hpp"
+#include "logit_kernels.hpp"
 
 namespace smallthinker {
 namespace {
@@ -101,6 +102,17 @@ void matmul_rows(const Matrix& matrix, std::int64_t expert, std::int64_t row_beg
 }
 
 }  // namespace
+
+void avx512_run_maxima(const float* x, std::int64_t size, float* maxima) { run_maxima<16>(x, size, maxima); }
+
+float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,
+                         float* out) {
+  return exp_weights<16>(x, size, shift, factor, least, out);
+}
+
+LogitMass avx512_mass_above(const float* x, const float* weights, std::int64_t size, float bound) {
+  return mass_above<16>(x, weights, size, bound);
+}
 
 void avx512_matmul(const Matrix& matrix, std::int64_t expert, std::int64_t row_begin, std::int64_t row_end,
                    const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "attention_q8.hpp"
 #include "kernels.hpp"
 
 namespace smallthinker {
@@ -131,6 +132,34 @@ void values_of(const float* weights, std::int64_t stride, std::int64_t groups, s
   for (; g < groups; ++g) value_group<Element, 1>(from(), stride, head_dim, values, out + g * head_dim);
 }
 
+struct Bytes {
+  using Vec = __m512;
+  using Int = __m512i;
+  static constexpr int kLanes = 16;
+  static constexpr int kGroups = 6;
+  static constexpr int kDotGroups = 6;
+  static constexpr bool kUnsigned = true;
+  static constexpr int kPanel = 4;
+  static SMALLTHINKER_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
+  static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm512_loadu_ps(at); }
+  static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm512_storeu_ps(at, value); }
+  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return Half::load16(at); }
+  static SMALLTHINKER_INLINE float half(const std::byte* at) { return Half::one(at); }
+  static SMALLTHINKER_INLINE Int all_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
+  static SMALLTHINKER_INLINE Int key_words(const std::byte* at) { return _mm512_loadu_si512(at); }
+  static SMALLTHINKER_INLINE Int dot(Int sum, Int key, Int query) {
+    return _mm512_dpbusd_epi32(sum, key, query);
+  }
+  static SMALLTHINKER_INLINE Vec joined(Int high, Int low) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
+  }
+  static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+  }
+};
+
 // exp to 2 ulp on [-87.3, 88.3] (Cephes' polynomial), 0 below.
 SMALLTHINKER_INLINE __m512 exponential(__m512 x) {
   const __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654F), _CMP_NLT_UQ);
@@ -154,13 +183,21 @@ SMALLTHINKER_INLINE __m512 exponential(__m512 x) {
 
 void avx512_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
                              float scale, float* scores, std::int64_t score_stride) {
-  if (keys.half) return scores_of<Half>(q, groups, head_dim, keys, scale, scores, score_stride);
+  if (keys.type == KvType::kQ8) {
+    return q8_dot_scores<Bytes>(q, groups, head_dim, keys, scale, scores, score_stride,
+                                avx2_table().quantise);
+  }
+  if (keys.type == KvType::kF16)
+    return scores_of<Half>(q, groups, head_dim, keys, scale, scores, score_stride);
   return scores_of<Single>(q, groups, head_dim, keys, scale, scores, score_stride);
 }
 
 void avx512_attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
                              std::int64_t head_dim, KvRows values, float* out) {
-  if (values.half) return values_of<Half>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kQ8)
+    return q8_values<Bytes>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kF16)
+    return values_of<Half>(weights, weight_stride, groups, head_dim, values, out);
   return values_of<Single>(weights, weight_stride, groups, head_dim, values, out);
 }
 

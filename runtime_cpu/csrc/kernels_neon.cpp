@@ -2,6 +2,9 @@
 // the 16-bit activations exactly, in 32-bit sums.
 #include "kernels_neon.hpp"
 
+#include "attention_q8.hpp"
+#include "logit_kernels.hpp"
+
 namespace smallthinker {
 namespace {
 
@@ -325,9 +328,33 @@ void score_rows(const float* q, std::int64_t groups, std::int64_t head_dim, cons
     score_group<Row, 1>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
 }
 
+struct Bytes {
+  using Vec = float32x4_t;
+  static constexpr int kLanes = 4;
+  static constexpr int kGroups = 4;
+  static constexpr int kTiles = 1;
+  static constexpr int kPanel = 4;
+  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
+  static SMALLTHINKER_INLINE Vec load(const float* at) { return vld1q_f32(at); }
+  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
+  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::four(at); }
+  static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
+  static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
+    const int32x4_t steps = vreinterpretq_s32_u8(veorq_u8(load_bytes(at), vdupq_n_u8(128)));
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(steps, vdupq_n_s32(24 - 8 * byte)), 24));
+  }
+  static SMALLTHINKER_INLINE Vec bytes(const std::byte* at) {
+    const int8x8_t steps = vreinterpret_s8_u32(vdup_n_u32(smallthinker::load<std::uint32_t>(at)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(steps))));
+  }
+};
+
 void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float factor,
                       float* scores, std::int64_t stride) {
-  if (keys.half) return score_rows<RowF16>(q, groups, head_dim, keys, factor, scores, stride);
+  if (keys.type == KvType::kQ8) return q8_scores<Bytes>(q, groups, head_dim, keys, factor, scores, stride);
+  if (keys.type == KvType::kF16) return score_rows<RowF16>(q, groups, head_dim, keys, factor, scores, stride);
   return score_rows<RowF32>(q, groups, head_dim, keys, factor, scores, stride);
 }
 
@@ -382,7 +409,10 @@ void value_rows(const float* weights, std::int64_t weight_stride, std::int64_t g
 
 void attention_values(const float* weights, std::int64_t weight_stride, std::int64_t groups,
                       std::int64_t head_dim, KvRows values, float* out) {
-  if (values.half) return value_rows<RowF16>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kQ8)
+    return q8_values<Bytes>(weights, weight_stride, groups, head_dim, values, out);
+  if (values.type == KvType::kF16)
+    return value_rows<RowF16>(weights, weight_stride, groups, head_dim, values, out);
   return value_rows<RowF32>(weights, weight_stride, groups, head_dim, values, out);
 }
 
@@ -429,9 +459,10 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 }  // namespace
 
 const Kernels& neon_table() {
-  static constexpr Kernels kTable = {"neon",           matmul,  quantise,          rms_norm,   rotate,
-                                     attention_scores, exp_sum, attention_values,  scale,      add_scaled,
-                                     to_half,          true,    neon_split_planes, neon_tiles, neon_neurons};
+  static constexpr Kernels kTable = {
+      "neon",           matmul,        quantise,       rms_norm,     rotate, attention_scores,  exp_sum,
+      attention_values, scale,         add_scaled,     to_half,      true,   neon_split_planes, neon_tiles,
+      neon_neurons,     run_maxima<4>, exp_weights<4>, mass_above<4>};
   return kTable;
 }
 

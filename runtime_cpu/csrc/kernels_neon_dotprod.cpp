@@ -2,6 +2,8 @@
 // packed layouts.
 #include "kernels_neon.hpp"
 
+#include "attention_q8.hpp"
+
 namespace smallthinker {
 namespace {
 
@@ -61,6 +63,40 @@ std::int64_t neon_dotprod_neurons(const ExpertShape& shape, const std::byte* exp
                                   std::int64_t group_end, const float* gate, const Activations& x,
                                   std::int64_t token, float* out) {
   return neon::neurons<Dot>(shape, expert, group_begin, group_end, gate, x, token, out);
+}
+
+namespace {
+
+struct Bytes {
+  using Vec = float32x4_t;
+  using Int = int32x4_t;
+  static constexpr int kLanes = 4;
+  static constexpr int kDotGroups = 2;
+  static constexpr bool kUnsigned = false;
+  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
+  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
+  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return neon::four_halves(at); }
+  static SMALLTHINKER_INLINE Int all_ints(std::int32_t value) { return vdupq_n_s32(value); }
+  static SMALLTHINKER_INLINE Int key_words(const std::byte* at) {
+    return vreinterpretq_s32_u8(veorq_u8(neon::load_bytes(at), vdupq_n_u8(128)));
+  }
+  static SMALLTHINKER_INLINE Int dot(Int sum, Int key, Int query) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(key), vreinterpretq_s8_s32(query));
+  }
+  static SMALLTHINKER_INLINE Vec joined(Int high, Int low) {
+    return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low));
+  }
+};
+
+}  // namespace
+
+void neon_dotprod_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                   float scale, float* scores, std::int64_t score_stride) {
+  if (keys.type != KvType::kQ8)
+    return neon_table().attention_scores(q, groups, head_dim, keys, scale, scores, score_stride);
+  q8_dot_scores<Bytes>(q, groups, head_dim, keys, scale, scores, score_stride, neon_table().quantise);
 }
 
 }  // namespace smallthinker

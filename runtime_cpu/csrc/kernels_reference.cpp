@@ -99,22 +99,31 @@ void rotate(float* x, std::int64_t size, const float* cosines, const float* sine
 }
 
 float kv_element(const KvRows& rows, std::int64_t index) {
-  return rows.half ? half_to_float(static_cast<const std::uint16_t*>(rows.data)[index])
-                   : static_cast<const float*>(rows.data)[index];
+  return rows.type == KvType::kF16 ? half_to_float(static_cast<const std::uint16_t*>(rows.data)[index])
+                                   : static_cast<const float*>(rows.data)[index];
 }
 
-void attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys, float scale,
-                      float* scores, std::int64_t score_stride) {
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
-      double sum = 0.0;
-      for (std::int64_t i = 0; i < head_dim; ++i) {
-        const std::int64_t at = (j / kKeyTile * head_dim + i) * kKeyTile + j % kKeyTile;
-        sum += static_cast<double>(q[g * head_dim + i]) * static_cast<double>(kv_element(keys, at));
-      }
-      scores[g * score_stride + j] = scale * static_cast<float>(sum);
-    }
-  }
+// Dimension i of key or value j.
+float key_element(const KvRows& keys, std::int64_t head_dim, std::int64_t j, std::int64_t i) {
+  const std::int64_t tile = j / kKeyTile;
+  const std::int64_t lane = j % kKeyTile;
+  if (keys.type != KvType::kQ8) return kv_element(keys, (tile * head_dim + i) * kKeyTile + lane);
+  const std::byte* block = static_cast<const std::byte*>(keys.data) + tile * Q8Tile::bytes(head_dim) +
+                           i / kQ8Block * kKeyTile * (2 + kQ8Block);
+  const float scale = half_to_float(load<std::uint16_t>(block + 2 * lane));
+  const std::int64_t at = i % kQ8Block / kQ8Word * kKeyTile * kQ8Word + lane * kQ8Word + i % kQ8Word;
+  return scale * static_cast<float>(load<std::uint8_t>(block + kKeyTile * 2 + at) - 128);
+}
+
+float value_element(const KvRows& values, std::int64_t head_dim, std::int64_t j, std::int64_t i) {
+  if (values.type != KvType::kQ8) return kv_element(values, j * head_dim + i);
+  const std::int64_t place = values.first + j;
+  const std::int64_t lane = place % kKeyTile;
+  const std::int64_t blocks = Q8Tile::blocks(head_dim);
+  const std::byte* tile =
+      static_cast<const std::byte*>(values.data) + place / kKeyTile * Q8Tile::bytes(head_dim);
+  const float scale = half_to_float(load<std::uint16_t>(tile + 2 * (lane * blocks + i / kQ8Block)));
+  return scale * static_cast<float>(load<std::int8_t>(tile + kKeyTile * blocks * 2 + lane * head_dim + i));
 }
 
 float exp_sum(float* x, std::int64_t size, float shift) {
@@ -132,7 +141,7 @@ void attention_values(const float* weights, std::int64_t weight_stride, std::int
     for (std::int64_t i = 0; i < head_dim; ++i) {
       float sum = out[g * head_dim + i];  // in fp32, so that values cut in two give the same bits
       for (std::int64_t j = 0; j < values.count; ++j) {
-        sum += weights[g * weight_stride + j] * kv_element(values, j * head_dim + i);
+        sum += weights[g * weight_stride + j] * value_element(values, head_dim, j, i);
       }
       out[g * head_dim + i] = sum;
     }
@@ -147,11 +156,56 @@ void add_scaled(float* x, const float* y, std::int64_t size, float factor) {
   for (std::int64_t i = 0; i < size; ++i) x[i] += factor * y[i];
 }
 
+void run_maxima(const float* x, std::int64_t size, float* maxima) {
+  for (std::int64_t start = 0; start < size; start += kLogitRun) {
+    float best = -std::numeric_limits<float>::infinity();
+    for (std::int64_t i = start; i < std::min(size, start + kLogitRun); ++i) best = x[i] > best ? x[i] : best;
+    *maxima++ = best;
+  }
+}
+
+float exp_weights(const float* x, std::int64_t size, float shift, float factor, float least, float* out) {
+  double sum = 0.0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    const double exponent =
+        (static_cast<double>(x[i]) - static_cast<double>(shift)) * static_cast<double>(factor);
+    auto value = static_cast<float>(std::exp(exponent));
+    if (out != nullptr) out[i] = value = value >= least ? value : 0.0F;
+    sum += static_cast<double>(value);
+  }
+  return static_cast<float>(sum);
+}
+
+LogitMass mass_above(const float* x, const float* weights, std::int64_t size, float bound) {
+  double sum = 0.0;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < size; ++i) {
+    if (!(x[i] >= bound)) continue;
+    sum += static_cast<double>(weights[i]);
+    count += weights[i] > 0.0F ? 1 : 0;
+  }
+  return {static_cast<float>(sum), count};
+}
+
 void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
   for (std::int64_t i = 0; i < size; ++i) out[i] = float_to_half(x[i]);
 }
 
 }  // namespace
+
+void reference_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
+                                float scale, float* scores, std::int64_t score_stride) {
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (std::int64_t j = 0; j < keys.count * kKeyTile; ++j) {
+      double sum = 0.0;
+      for (std::int64_t i = 0; i < head_dim; ++i) {
+        sum +=
+            static_cast<double>(q[g * head_dim + i]) * static_cast<double>(key_element(keys, head_dim, j, i));
+      }
+      scores[g * score_stride + j] = scale * static_cast<float>(sum);
+    }
+  }
+}
 
 void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                      const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
@@ -222,10 +276,12 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
 }
 
 const Kernels& reference_table() {
-  static constexpr Kernels kTable = {"reference",  matmul,           quantise,         rms_norm,
-                                     rotate,       attention_scores, exp_sum,          attention_values,
-                                     scale,        add_scaled,       to_half,          false,
-                                     split_planes, reference_tiles,  reference_neurons};
+  static constexpr Kernels kTable = {"reference",  matmul,           quantise,
+                                     rms_norm,     rotate,           reference_attention_scores,
+                                     exp_sum,      attention_values, scale,
+                                     add_scaled,   to_half,          false,
+                                     split_planes, reference_tiles,  reference_neurons,
+                                     run_maxima,   exp_weights,      mass_above};
   return kTable;
 }
 

@@ -48,24 +48,97 @@ void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols,
   }
 }
 
+namespace {
+
+// A row's blocks to and from its lane of a tile.
+void row_to_tile(const std::byte* from, std::int64_t blocks, std::int64_t lane, std::byte* tile) {
+  for (std::int64_t b = 0; b < blocks; ++b, from += kStockBlock) {
+    std::byte* pair = at(tile, b / 2 * kTilePairBytes);
+    std::byte* nibbles = at(pair, b % 2 * 256 + lane * 4);
+    for (std::int64_t word = 0; word < 4; ++word) std::memcpy(at(nibbles, word * 64), from + 2 + word * 4, 4);
+    std::memcpy(at(pair, 512 + b % 2 * 32 + lane * 2), from, 2);
+  }
+}
+
+void tile_to_row(const std::byte* tile, std::int64_t blocks, std::int64_t lane, std::byte* to) {
+  for (std::int64_t b = 0; b < blocks; ++b, to += kStockBlock) {
+    const std::byte* pair = tile + b / 2 * kTilePairBytes;
+    const std::byte* nibbles = pair + b % 2 * 256 + lane * 4;
+    for (std::int64_t word = 0; word < 4; ++word) std::memcpy(to + 2 + word * 4, nibbles + word * 64, 4);
+    std::memcpy(to, pair + 512 + b % 2 * 32 + lane * 2, 2);
+  }
+}
+
+}  // namespace
+
 void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begin, std::int64_t tile_end,
                 std::byte* out) {
   const TileMatrix tiled{nullptr, stock.rows, stock.cols};
-  const std::int64_t blocks = stock.cols / kActivationBlock;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile, out += tiled.tile_bytes()) {
     std::memset(out, 0, tiled.tile_bytes());
-    for (std::int64_t r = 0; r < kTileRows; ++r) {
-      const std::int64_t row = tile * kTileRows + r;
-      if (row >= stock.rows) break;
-      const std::byte* from = stock.row(row, expert);
-      for (std::int64_t b = 0; b < blocks; ++b, from += kStockBlock) {
-        std::byte* pair = at(out, b / 2 * kTilePairBytes);
-        std::byte* nibbles = at(pair, b % 2 * 256 + r * 4);
-        for (std::int64_t word = 0; word < 4; ++word)
-          std::memcpy(at(nibbles, word * 64), from + 2 + word * 4, 4);
-        std::memcpy(at(pair, 512 + b % 2 * 32 + r * 2), from, 2);
+    for (std::int64_t r = 0; r < std::min(kTileRows, stock.rows - tile * kTileRows); ++r)
+      row_to_tile(stock.row(tile * kTileRows + r, expert), stock.cols / kActivationBlock, r, out);
+  }
+}
+
+namespace {
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SMALLTHINKER_SHUFFLES
+#endif
+#endif
+
+#if defined(SMALLTHINKER_SHUFFLES)
+// Four words of four rows to four rows of a word, which is what a tile's lanes are.
+void four_rows_to_tile(const std::byte* const* rows, std::byte* nibbles) {
+  typedef std::int32_t Words __attribute__((vector_size(16)));
+  Words row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], rows[i], sizeof row[i]);
+  const Words a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Words b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Words c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Words d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Words words[4] = {
+      __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+      __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(nibbles + i * 64, &words[i], sizeof words[i]);
+}
+#endif
+
+}  // namespace
+
+void gather_tile(const Matrix& stock, const std::int64_t* rows, std::int64_t count, std::byte* out) {
+  const std::int64_t blocks = stock.cols / kActivationBlock;
+  const TileMatrix tiled{nullptr, kTileRows, stock.cols};
+#if defined(SMALLTHINKER_SHUFFLES)
+  if (count == kTileRows) {
+    const std::byte* from[kTileRows];
+    for (std::int64_t r = 0; r < kTileRows; ++r) from[r] = stock.row(rows[r]) + 2;
+    if (blocks % 2 != 0) std::memset(at(out, blocks / 2 * kTilePairBytes), 0, kTilePairBytes);
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      std::byte* pair = at(out, b / 2 * kTilePairBytes);
+      std::byte* scales = at(pair, 512 + b % 2 * 32);
+      for (std::int64_t r = 0; r < kTileRows; r += 4)
+        four_rows_to_tile(from + r, at(pair, b % 2 * 256 + r * 4));
+      for (std::int64_t r = 0; r < kTileRows; ++r) {
+        std::memcpy(scales + 2 * r, from[r] - 2, 2);
+        from[r] += kStockBlock;
       }
     }
+    return;
+  }
+#endif
+  std::memset(out, 0, tiled.tile_bytes());
+  for (std::int64_t r = 0; r < count; ++r) row_to_tile(stock.row(rows[r]), blocks, r, out);
+}
+
+void unpack_tiles(const TileMatrix& tiled, std::int64_t tile_begin, std::int64_t tile_end, std::byte* rows) {
+  const std::int64_t blocks = tiled.cols / kActivationBlock;
+  const std::int64_t end = std::min(tiled.rows, tile_end * kTileRows);
+  for (std::int64_t row = tile_begin * kTileRows; row < end; ++row) {
+    const std::byte* tile = tiled.data + static_cast<std::size_t>(row / kTileRows) * tiled.tile_bytes();
+    tile_to_row(tile, blocks, row % kTileRows, rows + static_cast<std::size_t>(row * blocks) * kStockBlock);
   }
 }
 

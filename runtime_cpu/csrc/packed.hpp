@@ -119,6 +119,15 @@ void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols,
 // Stock Q4_0 to tiles [tile_begin, tile_end) of a matrix.
 void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begin, std::int64_t tile_end,
                 std::byte* out);
+// Any `count` (at most 16) rows of a stock Q4_0 matrix as one tile.
+void gather_tile(const Matrix& stock, const std::int64_t* rows, std::int64_t count, std::byte* out);
+// Ahead of it: a row comes from anywhere, and no prefetcher guesses it.
+SMALLTHINKER_INLINE void prefetch_row(const Matrix& stock, std::int64_t row) {
+  const std::byte* data = stock.row(row);
+  for (std::size_t at = 0; at < stock.row_bytes + 63; at += 64) __builtin_prefetch(data + at, 0, 2);
+}
+// Tiles [tile_begin, tile_end) back to the rows of stock Q4_0; `rows` is the matrix's first.
+void unpack_tiles(const TileMatrix& tiled, std::int64_t tile_begin, std::int64_t tile_end, std::byte* rows);
 // Stock Q4_0 gate [neurons][hidden], up [neurons][hidden] and down [hidden][neurons] to one packed expert;
 // each writes its own bytes only, and all of them together every byte.
 void pack_gate(const Matrix& gate, std::int64_t expert, const ExpertShape& shape, std::byte* out);

@@ -23,11 +23,24 @@ bool any_quantised(const Model& model) {
 
 }  // namespace
 
-bool kv_is_half(const Model& model, const std::string& kv_type) {
-  if (kv_type == "f32") return false;
-  if (kv_type == "f16") return true;
-  if (kv_type == "auto") return !model.all_f32;
-  throw EngineError("kv_type is '" + kv_type + "'; allowed are auto, f32 and f16");
+KvType find_kv_type(const Model& model, const std::string& name) {
+  if (name == "f32") return KvType::kF32;
+  if (name == "f16") return KvType::kF16;
+  if (name == "q8") return KvType::kQ8;
+  if (name == "auto") return model.all_f32 ? KvType::kF32 : KvType::kF16;
+  throw EngineError("kv_type is '" + name + "'; allowed are auto, f32, f16 and q8");
+}
+
+const char* name_of(KvType type) {
+  switch (type) {
+    case KvType::kF32:
+      return "f32";
+    case KvType::kF16:
+      return "f16";
+    case KvType::kQ8:
+      return "q8";
+  }
+  throw std::logic_error("unknown type of keys and values");
 }
 
 namespace {
@@ -86,6 +99,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   take(cosines, chunk * (hyper.head_dim / 2));
   take(sines, chunk * (hyper.head_dim / 2));
   take(thread_scores, threads * groups * score_stride(hyper, layout));
+  take(thread_totals, threads * groups);
   take(expert_ids, all_slots);
   take(slots, all_slots);
   take(slot_tokens, all_slots);
@@ -95,7 +109,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
 }
 
 Plan make_plan(const Model& model, const RuntimeOptions& options) {
-  const KvLayout layout(model.hyper, options.context, options.chunk, kv_is_half(model, options.kv_type));
+  const KvLayout layout(model.hyper, options.context, options.chunk, find_kv_type(model, options.kv_type));
   const WeightPlan weights(model, select_kernels(options.kernels), options.experts.cache_bytes > 0,
                            options.predict_head);
   Scratch scratch{};
@@ -109,7 +123,7 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
 Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& options)
     : model_(std::move(model)),
       kernels_(select_kernels(options.kernels)),
-      layout_(model_->hyper, options.context, options.chunk, kv_is_half(*model_, options.kv_type)),
+      layout_(model_->hyper, options.context, options.chunk, find_kv_type(*model_, options.kv_type)),
       chunk_(options.chunk),
       pool_(options.threads),
       weights_(model_, kernels_, pool_, options.experts, options.predict_head),
@@ -207,6 +221,11 @@ void Runtime::decode(std::span<const Step> steps, float* logits) {
   read_cache_counters(earlier);
   for (std::size_t i = 0; i < steps.size(); ++i)
     steps[i].session->counters.add(counters_.share(i, steps.size()));
+}
+
+Choice Runtime::sample(Sampler& sampler, std::span<const float> logits, std::int64_t top) {
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  return sampler.sample(logits, top, kernels_, lock.owns_lock() ? &pool_ : nullptr);
 }
 
 void Runtime::normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row) {
@@ -375,6 +394,7 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
   const std::int64_t origin = begin / kKeyTile * kKeyTile;  // position of scores[0]
   const std::int64_t stride = score_stride(hyper, layout_);
   float* scores = scratch_.thread_scores + thread * (hyper.heads / hyper.kv_heads) * stride;
+  float* totals = scratch_.thread_totals + thread * (hyper.heads / hyper.kv_heads);
   const float scale = 1.0F / std::sqrt(static_cast<float>(dim));
   const Session& session = *row.session;
   for (std::int64_t at = begin; at < end;) {
@@ -387,9 +407,7 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
   std::fill_n(out, groups * dim, 0.0F);
   for (std::int64_t g = 0; g < groups; ++g) {
     float* run = weights + g * stride;
-    const float peak = *std::max_element(run, run + (end - begin));
-    const float sum = kernels_.exp_sum(run, end - begin, peak);
-    kernels_.scale(run, end - begin, 1.0F / sum);
+    totals[g] = kernels_.exp_sum(run, end - begin, greatest(run, end - begin));
   }
   for (std::int64_t at = begin; at < end;) {
     const std::int64_t stop = session.contiguous(layer, at, end);
@@ -397,6 +415,20 @@ void Runtime::attend(std::int64_t layer, const BatchRow& row, std::int64_t batch
                               session.values(layer, kv_head, at, stop), out);
     at = stop;
   }
+  // The values' sum instead of every weight.
+  for (std::int64_t g = 0; g < groups; ++g) kernels_.scale(out + g * dim, dim, 1.0F / totals[g]);
+}
+
+float Runtime::greatest(const float* x, std::int64_t size) const {
+  constexpr std::int64_t kRuns = 64;
+  float maxima[kRuns];
+  float best = -std::numeric_limits<float>::infinity();
+  for (std::int64_t begin = 0; begin < size; begin += kRuns * kLogitRun) {
+    const std::int64_t count = std::min(size - begin, kRuns * kLogitRun);
+    kernels_.run_maxima(x + begin, count, maxima);
+    best = std::max(best, *std::max_element(maxima, maxima + (count + kLogitRun - 1) / kLogitRun));
+  }
+  return best;
 }
 
 // Choose the k greatest logits of every token (the lower index among equals), weight them, and sort the

@@ -18,6 +18,7 @@
 
 #include "kernels.hpp"
 #include "model.hpp"
+#include "sampler.hpp"
 #include "session.hpp"
 #include "thread_pool.hpp"
 #include "weights.hpp"
@@ -29,14 +30,15 @@ struct RuntimeOptions {
   std::int64_t context = 512;
   std::int64_t chunk = 128;  // tokens computed together
   std::string kernels = "auto";
-  std::string kv_type = "auto";  // "f32", "f16"
+  std::string kv_type = "auto";  // "f32", "f16", "q8"
   ExpertStoreOptions experts = {};
   bool predict_head = false;  // compute only the rows of the head that the file's predictor names
   bool speculate = true;      // read what the next layer may want while the disk idles
 };
 
-// Whether keys and values are stored as F16.
-bool kv_is_half(const Model& model, const std::string& kv_type);
+// How keys and values are stored. Throws EngineError for another name.
+KvType find_kv_type(const Model& model, const std::string& name);
+const char* name_of(KvType type);
 
 // What a runtime will allocate, in bytes.
 struct Plan {
@@ -104,7 +106,7 @@ struct Scratch {
   float* partial;                                  // packed experts: [split slots][slices][padded hidden]
   float *thread_gates, *thread_sums;               // per thread: [kTokenBlock][slice], [padded hidden]
   float *cosines, *sines;                          // [chunk][head_dim / 2]
-  float* thread_scores;                            // per thread: [groups][score_stride]
+  float *thread_scores, *thread_totals;            // per thread: [groups][score_stride], [groups]
   std::int32_t *expert_ids, *slots, *slot_tokens;  // [chunk][k], [chunk][k], [chunk * k]
   std::int32_t* expert_begin;                      // [experts + 1]
 
@@ -141,6 +143,9 @@ class Runtime {
   };
   void decode(std::span<const Step> steps, float* logits);
 
+  // sampler.sample() with this runtime's kernels, and its threads when no forward pass has them.
+  Choice sample(Sampler& sampler, std::span<const float> logits, std::int64_t top);
+
  private:
   struct Task {
     const Matrix* matrix;     // stock rows, or
@@ -160,6 +165,7 @@ class Runtime {
   void run_layer(std::int64_t index, std::span<const BatchRow> rows);
   void attend(std::int64_t layer, const BatchRow& row, std::int64_t batch_index, std::int64_t kv_head,
               std::int64_t first, std::int64_t groups, int thread);
+  float greatest(const float* x, std::int64_t size) const;
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);
@@ -178,6 +184,7 @@ class Runtime {
   }
   void head(std::int64_t first, std::int64_t rows, float* logits);
   void predicted_head(std::int64_t row, float* logits);
+  void scattered_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const;
   void named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const;
   void quantise(const ActivationBuffer& at);
   void normalise(const ActivationBuffer& from, const std::vector<float>& weight, std::int64_t row);

@@ -1,9 +1,12 @@
 // From a row of logits to a token. Order: bias, repetition, presence and frequency penalties, temperature,
 // min-p, top-k, top-p, then one draw.
 //
+// Each of min-p, top-k and top-p keeps the front of one order: greater logits first, lower ids among equals.
+// So nothing is sorted: a few logits above a bound are, or the bound itself is searched for.
+//
 // Randomness is xoshiro256** (Blackman and Vigna) seeded by four steps of splitmix64: one 64-bit number per
-// token, its upper 53 bits as a fraction in [0, 1). The same seed, logits and options give the same tokens
-// everywhere.
+// token, its upper 53 bits as a fraction in [0, 1). The same seed, logits, options and kernels give the same
+// tokens, with any number of threads: a row is cut in the same pieces, whose sums are added in their order.
 #pragma once
 
 #include <array>
@@ -12,6 +15,9 @@
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#include "kernels.hpp"
+#include "thread_pool.hpp"
 
 namespace smallthinker {
 
@@ -51,22 +57,56 @@ class Sampler {
   // Tokens of the prompt count for the repetition penalty.
   void observe_prompt(std::span<const std::int32_t> tokens);
 
-  // The chosen token then counts for all penalties.
-  Choice sample(std::span<const float> logits, std::int64_t top);
+  // The chosen token then counts for all penalties. Without a pool the caller's thread does all of it.
+  Choice sample(std::span<const float> logits, std::int64_t top, const Kernels& kernels,
+                ThreadPool* pool = nullptr);
 
  private:
+  // A row with the greatest logit of each run of kLogitRun.
+  struct Row {
+    std::span<const float> logits;
+    std::vector<float> maxima;
+    float peak = 0.0F;
+  };
+  // Kept are greater logits, and equal ones up to this id.
+  struct Cut {
+    float logit;
+    std::int64_t id;
+  };
+
+  struct Mass {
+    double sum = 0.0;
+    double count = 0.0;
+  };
+
+  template <typename Work>
+  void each_chunk(const Work& work);
+  double measure(Row& row);
+  bool adjusts() const;
   void adjust();
-  std::int32_t greatest() const;
-  std::int32_t draw();
+  double temperature() const;
+  static std::int32_t greatest(const Row& row);
+  static void leaders(const Row& row, std::int64_t count, std::vector<std::int32_t>& ids);
+  Mass mass_from(const Row& row, float bound);
+  Cut find_cut(const Row& row, double goal, double Mass::* amount);
+  double kept_sum(const Row& row, const Cut& cut);
+  std::int32_t draw(const Row& row);
+  std::int32_t draw_leader(const Row& row);
+  std::int32_t draw_kept(const Row& row, const Cut& cut, double left) const;
 
   std::int64_t vocab_;
   SamplerOptions options_;
   RandomStream random_;
   std::unordered_map<std::int32_t, std::int64_t> generated_;  // how often
   std::unordered_map<std::int32_t, std::int64_t> seen_;       // in prompt or answer
-  std::vector<float> logits_;
+  Row own_;                                                   // untouched
+  Row changed_;
+  std::vector<float> adjusted_;
+  std::vector<float> weights_;  // by id; 0 of what is not kept
+  std::vector<double> sums_;    // by chunk
   std::vector<std::int32_t> order_;
-  std::vector<double> weights_;  // by id
+  const Kernels* kernels_ = nullptr;  // of the sample under way
+  ThreadPool* pool_ = nullptr;
 };
 
 }  // namespace smallthinker

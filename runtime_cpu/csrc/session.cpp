@@ -1,12 +1,13 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace smallthinker {
 
 KvLayout::KvLayout(const Hyperparameters& hyper, std::int64_t context_tokens, std::int64_t chunk,
-                   bool half_precision)
+                   KvType kv_type)
     : context(context_tokens),
       ring(0),
       full(round_up(context_tokens, kKeyRun)),
@@ -14,12 +15,24 @@ KvLayout::KvLayout(const Hyperparameters& hyper, std::int64_t context_tokens, st
       kv_heads(hyper.kv_heads),
       head_dim(hyper.head_dim),
       windowed(hyper.windowed),
-      half(half_precision) {
+      type(kv_type) {
   ring = std::min(full, round_up(window + chunk - 1, kKeyRun));
 }
 
 std::size_t KvLayout::layer_bytes(std::int64_t layer) const {
-  return 2 * static_cast<std::size_t>(capacity(layer) * kv_heads * head_dim) * element_bytes();
+  return 2 * static_cast<std::size_t>(capacity(layer) * kv_heads) * vector_bytes();
+}
+
+std::size_t KvLayout::vector_bytes() const {
+  switch (type) {
+    case KvType::kF32:
+      return static_cast<std::size_t>(head_dim) * 4;
+    case KvType::kF16:
+      return static_cast<std::size_t>(head_dim) * 2;
+    case KvType::kQ8:
+      return static_cast<std::size_t>(Q8Tile::bytes(head_dim) / kKeyTile);
+  }
+  throw std::logic_error("unknown type of keys and values");
 }
 
 std::size_t KvLayout::bytes() const {
@@ -96,37 +109,84 @@ void Session::append(const std::int32_t* tokens, std::int64_t count) {
   intact_from_ = std::max(intact_from_, length() - layout_.ring);
 }
 
+// A row of values lies for itself, unless it has 8 bits; keys lie in tiles.
 std::byte* Session::at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const {
   const std::int64_t capacity = layout_.capacity(layer);
   const std::int64_t place = position % capacity;
-  const std::int64_t index =
-      (head * capacity + (value ? place : place / kKeyTile * kKeyTile)) * layout_.head_dim;
+  const bool alone = value && layout_.type != KvType::kQ8;
+  const std::int64_t index = head * capacity + (alone ? place : place / kKeyTile * kKeyTile);
   const std::size_t half = value ? layout_.layer_bytes(layer) / 2 : 0;
   return memory_.get() + offsets_[static_cast<std::size_t>(layer)] + half +
-         static_cast<std::size_t>(index) * layout_.element_bytes();
+         static_cast<std::size_t>(index) * layout_.vector_bytes();
 }
 
-void Session::store_key(std::byte* tile, std::int64_t lane, const float* key) const {
-  for (std::int64_t i = 0; i < layout_.head_dim; ++i) {
-    const std::int64_t index = i * kKeyTile + lane;
-    if (layout_.half) {
-      reinterpret_cast<std::uint16_t*>(tile)[index] = float_to_half(key[i]);
-    } else {
-      reinterpret_cast<float*>(tile)[index] = key[i];
+// In 8 bits, to a lane of a tile. What has no finite scale comes back as no number.
+void Session::store_steps(std::byte* tile, std::int64_t lane, bool value, const float* from) const {
+  const std::int64_t dim = layout_.head_dim;
+  const std::int64_t blocks = Q8Tile::blocks(dim);
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const std::int64_t begin = block * kQ8Block;
+    const std::int64_t count = std::min(kQ8Block, dim - begin);
+    float greatest = 0.0F;
+    float damage = 0.0F;  // no number, once one is infinite or none
+    for (std::int64_t i = begin; i < begin + count; ++i) {
+      greatest = std::max(greatest, std::fabs(from[i]));
+      damage += from[i] * 0.0F;
+    }
+    std::uint16_t stored = float_to_half(greatest / 127.0F);
+    float scale = half_to_float(stored);
+    if (damage != 0.0F || std::isinf(scale)) {
+      stored = 0x7E00;
+      scale = 0.0F;
+    }
+    const float inverse = scale > 0.0F ? 1.0F / scale : 0.0F;
+    std::byte* const key_block = tile + block * kKeyTile * (2 + kQ8Block);
+    std::byte* const value_row = tile + kKeyTile * blocks * 2 + lane * dim + begin;
+    std::memcpy(value ? tile + 2 * (lane * blocks + block) : key_block + 2 * lane, &stored, sizeof stored);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float steps = scale > 0.0F ? std::clamp(from[begin + i] * inverse, -127.0F, 127.0F) : 0.0F;
+      const float rounded = steps + 12582912.0F;  // 1.5 * 2^23: rounds to nearest
+      std::int32_t bits;
+      std::memcpy(&bits, &rounded, sizeof bits);
+      if (value) {
+        value_row[i] = static_cast<std::byte>(bits & 0xFF);
+      } else {
+        const std::int64_t word = i / kQ8Word * kKeyTile * kQ8Word + lane * kQ8Word + i % kQ8Word;
+        key_block[kKeyTile * 2 + word] = static_cast<std::byte>((bits + 128) & 0xFF);
+      }
     }
   }
 }
 
 void Session::store(std::int64_t layer, std::int64_t position, const float* keys, const float* values,
                     const Kernels& kernels) {
+  constexpr std::int64_t kPiece = 64;
+  const std::int64_t dim = layout_.head_dim;
+  const std::int64_t lane = position % kKeyTile;
+  std::uint16_t halves[kPiece];
   for (std::int64_t head = 0; head < layout_.kv_heads; ++head) {
-    store_key(at(layer, false, head, position), position % kKeyTile, keys + head * layout_.head_dim);
-    const float* from = values + head * layout_.head_dim;
-    std::byte* to = at(layer, true, head, position);
-    if (layout_.half) {
-      kernels.to_half(from, layout_.head_dim, reinterpret_cast<std::uint16_t*>(to));
-    } else {
-      std::memcpy(to, from, static_cast<std::size_t>(layout_.head_dim) * sizeof(float));
+    const float* key = keys + head * dim;
+    const float* value = values + head * dim;
+    std::byte* const key_at = at(layer, false, head, position);
+    std::byte* const value_at = at(layer, true, head, position);
+    switch (layout_.type) {
+      case KvType::kF32:
+        for (std::int64_t i = 0; i < dim; ++i) reinterpret_cast<float*>(key_at)[i * kKeyTile + lane] = key[i];
+        std::memcpy(value_at, value, static_cast<std::size_t>(dim) * sizeof(float));
+        break;
+      case KvType::kF16:
+        for (std::int64_t begin = 0; begin < dim; begin += kPiece) {
+          const std::int64_t count = std::min(kPiece, dim - begin);
+          kernels.to_half(key + begin, count, halves);
+          for (std::int64_t i = 0; i < count; ++i)
+            reinterpret_cast<std::uint16_t*>(key_at)[(begin + i) * kKeyTile + lane] = halves[i];
+        }
+        kernels.to_half(value, dim, reinterpret_cast<std::uint16_t*>(value_at));
+        break;
+      case KvType::kQ8:
+        store_steps(key_at, lane, false, key);
+        store_steps(value_at, lane, true, value);
+        break;
     }
   }
 }
@@ -137,11 +197,12 @@ std::int64_t Session::contiguous(std::int64_t layer, std::int64_t begin, std::in
 }
 
 KvRows Session::keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {
-  return {at(layer, false, head, begin), layout_.half, (end + kKeyTile - 1) / kKeyTile - begin / kKeyTile};
+  const std::int64_t tiles = (end + kKeyTile - 1) / kKeyTile - begin / kKeyTile;
+  return {at(layer, false, head, begin), layout_.type, tiles, 0};
 }
 
 KvRows Session::values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const {
-  return {at(layer, true, head, begin), layout_.half, end - begin};
+  return {at(layer, true, head, begin), layout_.type, end - begin, begin % kKeyTile};
 }
 
 }  // namespace smallthinker

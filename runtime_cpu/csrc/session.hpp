@@ -17,7 +17,7 @@ inline constexpr std::int64_t kKeyRun = 64;
 // How much each layer keeps. A windowed layer is a ring: its window, and room for one chunk of new tokens,
 // whose keys are written before the first of them looks back.
 struct KvLayout {
-  KvLayout(const Hyperparameters& hyper, std::int64_t context, std::int64_t chunk, bool half);
+  KvLayout(const Hyperparameters& hyper, std::int64_t context, std::int64_t chunk, KvType type);
 
   std::int64_t context;
   std::int64_t ring;  // positions kept by a windowed layer, a multiple of kKeyRun
@@ -26,12 +26,12 @@ struct KvLayout {
   std::int64_t kv_heads;
   std::int64_t head_dim;
   std::vector<bool> windowed;
-  bool half;
+  KvType type;
 
   std::int64_t capacity(std::int64_t layer) const {
     return windowed[static_cast<std::size_t>(layer)] ? ring : full;
   }
-  std::size_t element_bytes() const { return half ? 2 : 4; }
+  std::size_t vector_bytes() const;                   // of one key or value, on average over a tile
   std::size_t layer_bytes(std::int64_t layer) const;  // keys and values
   std::size_t bytes() const;
 };
@@ -90,7 +90,7 @@ class Session {
   };
   // A value's row, or the tile that holds a key.
   std::byte* at(std::int64_t layer, bool value, std::int64_t head, std::int64_t position) const;
-  void store_key(std::byte* tile, std::int64_t lane, const float* key) const;
+  void store_steps(std::byte* tile, std::int64_t lane, bool value, const float* from) const;
 
   KvLayout layout_;
   std::vector<std::int32_t> tokens_;

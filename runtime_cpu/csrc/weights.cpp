@@ -19,6 +19,12 @@ TileMatrix tiles_of(const Linear& linear) {
   return linear.tiled() ? linear.tiles : TileMatrix{nullptr, linear.stock.rows, linear.stock.cols};
 }
 
+// The shape of a tiled or Q4_0 matrix in stock rows.
+Matrix rows_of(const Linear& linear) {
+  const TileMatrix tiles = tiles_of(linear);
+  return make_matrix(nullptr, Type::kQ4_0, tiles.cols, tiles.rows);
+}
+
 std::size_t stock_bytes(const Matrix& matrix) {
   return matrix.row_bytes * static_cast<std::size_t>(matrix.rows * matrix.experts);
 }
@@ -64,7 +70,12 @@ WeightPlan::WeightPlan(const Model& model, const Kernels& kernels, bool offload,
       mapped_bytes += stock_bytes(layer.gate) + stock_bytes(layer.up) + stock_bytes(layer.down);
     }
   }
-  count(model.head);  // rows of an embedding of its own are read from the file one by one
+  // Rows of an embedding of its own are read from the file one by one.
+  if (predictor && becomes_tiles(model.head, kernels)) {
+    dense_bytes += copied_bytes(rows_of(model.head));
+  } else {
+    count(model.head);
+  }
 }
 
 Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, ThreadPool& pool,
@@ -79,7 +90,11 @@ Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, Thr
                       load(layer.router, kernels, pool)});
     model_->forget_pages();
   }
-  head = load(model_->head, kernels, pool);
+  if (predictor && becomes_tiles(model_->head, kernels)) {
+    head_rows = load_rows(model_->head, pool);
+  } else {
+    head = load(model_->head, kernels, pool);
+  }
   if (predictor) {
     predictor_down = load(model_->head_predictor->down, kernels, pool);
     predictor_up = load(model_->head_predictor->up, kernels, pool);
@@ -116,14 +131,39 @@ Linear Weights::load(const Linear& from, const Kernels& kernels, ThreadPool& poo
       pack_tiles(from.stock, 0, begin, end, out + offset);
     }
   });
-  if (from.tiled() && checksum64(out, linear.tiles.bytes()) != from.checksum) {
-    throw ModelFileError(model_->path + ": the checksum of a matrix of " + std::to_string(linear.tiles.rows) +
-                         " by " + std::to_string(linear.tiles.cols) + " is wrong; the file is damaged");
-  }
+  if (from.tiled()) check_tiles(from, out);
   return linear;
 }
 
+// Named rows are read alone: a tile would bring fifteen others along.
+Matrix Weights::load_rows(const Linear& from, ThreadPool& pool) {
+  Matrix rows = rows_of(from);
+  std::byte* const out = next_;
+  next_ += copied_bytes(rows);
+  rows.data = out;
+  if (from.tiled()) check_tiles(from, from.tiles.data);
+  const std::int64_t tiles = tiles_of(from).tiles();
+  pool.run((tiles + kTilesPerPiece - 1) / kTilesPerPiece, [&](std::int64_t piece, int) {
+    const std::int64_t begin = piece * kTilesPerPiece;
+    const std::int64_t end = std::min(begin + kTilesPerPiece, tiles);
+    if (from.tiled()) return unpack_tiles(from.tiles, begin, end, out);
+    const std::int64_t first = begin * kTileRows;
+    const std::int64_t count = std::min(rows.rows, end * kTileRows) - first;
+    std::memcpy(out + static_cast<std::size_t>(first) * rows.row_bytes, from.stock.row(first),
+                static_cast<std::size_t>(count) * rows.row_bytes);
+  });
+  return rows;
+}
+
+void Weights::check_tiles(const Linear& from, const std::byte* data) const {
+  if (checksum64(data, from.tiles.bytes()) == from.checksum) return;
+  throw ModelFileError(model_->path + ": the checksum of a matrix of " + std::to_string(from.tiles.rows) +
+                       " by " + std::to_string(from.tiles.cols) + " is wrong; the file is damaged");
+}
+
 void Weights::embedding(std::int64_t token, float* out) const {
+  if (model_->tied && head_rows.data != nullptr)
+    return dequantise(head_rows.type, head_rows.row(token), model_->hyper.hidden, out);
   if (model_->tied && head.tiled()) return unpack_tile_row(head.tiles, token, out);
   const Linear& table = model_->embedding;
   if (table.tiled()) return unpack_tile_row(table.tiles, token, out);

@@ -41,7 +41,8 @@ class Weights {
           const ExpertStoreOptions& options, bool predictor);
 
   WeightPlan plan;
-  Linear head;
+  Linear head;                          // whole; or, beside a predictor of its rows,
+  Matrix head_rows;                     // its Q4_0 rows, one after the other, where `head` would be tiles
   Linear predictor_down, predictor_up;  // when the plan has one
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // when packed
@@ -50,6 +51,8 @@ class Weights {
 
  private:
   Linear load(const Linear& from, const Kernels& kernels, ThreadPool& pool);
+  Matrix load_rows(const Linear& from, ThreadPool& pool);
+  void check_tiles(const Linear& from, const std::byte* data) const;
 
   std::shared_ptr<const Model> model_;
   HugeMemory dense_;

@@ -11,7 +11,8 @@ import threading
 from collections import Counter, defaultdict
 
 from runtime_cpu.generation import Stats
-from runtime_cpu.memory import peak_resident_bytes, resident_bytes
+from runtime_cpu.memory import resident_bytes
+from runtime_cpu.peak_memory import peak_resident_bytes
 
 PREFIX = "smallthinker"
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import httpx
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "gguf"
 MODEL = GOLDEN / "tiny-4b-q8_0.gguf"
+NAME = MODEL.stem
+CONTEXT = 2048
 START_S = 60.0
 
 
@@ -71,3 +79,50 @@ def running_server(model: Path, *arguments: str) -> Iterator[Server]:
             process.wait()
         reader.join()
         process.stderr.close()
+
+
+HELLO: list[Any] = [{"role": "user", "content": "the hat in the ton"}]
+
+
+def post(server: Server, body: Any, route: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(server.url + route, content=content, timeout=60, **options)
+
+
+def metric(server: Server, name: str) -> float:
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith(f"smallthinker_{name} "):
+            return float(line.split()[-1])
+    raise AssertionError(f"no metric {name}")
+
+
+def chat_body(**fields: Any) -> dict[str, Any]:
+    return {"model": NAME, "messages": HELLO, "max_tokens": 2, **fields}
+
+
+def open_stream(server: Server, **fields: Any) -> socket.socket:
+    """Start a long streamed answer and return the connection once the first event has come."""
+    body = json.dumps(chat_body(stream=True, **fields)).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body) + body
+    )
+    received = b""
+    while b"data: " not in received:
+        part = connection.recv(4096)
+        assert part, received
+        received += part
+    return connection
+
+
+def never_stopping() -> dict[str, Any]:
+    """Options that keep the model from ending its answer."""
+    return {"max_tokens": 1900, "logit_bias": {"264": -100, "266": -100}, "seed": 1}
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

@@ -101,15 +101,37 @@ def test_stored_types_mean_what_the_gguf_package_says(kind: str, tmp_path: Path)
             assert np.median(row_errors(engine.logits(ids), exact)) < bound
 
 
-def test_threads_chunks_and_steps_do_not_change_a_bit(tmp_path: Path) -> None:
-    shape = Shape(hidden=64, expert_hidden=64, heads=4, head_dim=16, window=21)
+@pytest.mark.parametrize("kv_type", ["f16", "q8"])
+def test_threads_chunks_and_steps_do_not_change_a_bit(kv_type: str, tmp_path: Path) -> None:
+    shape = Shape(hidden=64, expert_hidden=64, heads=4, head_dim=40, window=21)
     path = write_model(tmp_path / "m.gguf", shape, random_weights(shape), "Q4_0")
-    ids = np.random.default_rng(3).integers(0, shape.vocab, 150).astype(np.int32)
-    with Engine.open(path, threads=1) as engine:
+    ids = np.random.default_rng(3).integers(0, shape.vocab, 300).astype(np.int32)
+    with Engine.open(path, threads=1, kv_type=kv_type) as engine:
         expected = engine.logits(ids)
     for threads, chunk in ((2, 1), (3, 17), (4, 64), (2, 500)):
-        with Engine.open(path, threads=threads, chunk_tokens=chunk) as engine:
+        with Engine.open(path, threads=threads, chunk_tokens=chunk, kv_type=kv_type) as engine:
             assert np.array_equal(engine.logits(ids), expected)
+
+
+@pytest.mark.parametrize("kernels", available_kernels())
+@pytest.mark.parametrize("head_dim", [16, 40, 64])  # less than a block, a block and a part, two
+def test_8_bit_keys_and_values_stay_close(head_dim: int, kernels: str, tmp_path: Path) -> None:
+    """Through global layers and through several turns of a ring; and they are what is stored, not F32."""
+    shape = Shape(window=70, rope=(1,) * 4, windowed=(0, 1, 1, 1), context=500, head_dim=head_dim)
+    weights = random_weights(shape)
+    path = write_model(tmp_path / "m.gguf", shape, weights)
+    ids = np.random.default_rng(4).integers(0, shape.vocab, 450).astype(np.int32)
+    exact = reference_logits(shape, weights, ids)
+    errors = {}
+    for kv_type, vector_bytes in (("f32", 4 * head_dim), ("q8", head_dim + 2 * -(-head_dim // 32))):
+        with Engine.open(path, 2, kernels=kernels, kv_type=kv_type, chunk_tokens=16, sessions=1) as engine:
+            assert engine.info.kv_type == kv_type
+            positions = 512 + 3 * 128  # whole runs of 64; a ring of the window and a chunk
+            assert engine.info.plan.kv_bytes == 2 * positions * shape.kv_heads * vector_bytes
+            errors[kv_type] = row_errors(engine.logits(ids), exact)
+    assert 50 * np.median(errors["f32"]) < np.median(errors["q8"])
+    # A first token sees itself; later ones add up to what random weights amplify, a flipped expert most of all.
+    assert errors["q8"][0] < 0.03 and np.median(errors["q8"]) < 0.15
 
 
 def test_context_of_the_ring_and_beyond(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ SHAPE = synth.Shape("promise", 6, 1024, 8, 2, 128, 24, 3, 512, 32000, 8192, 0, T
 _RUN = """
 import json, sys, time
 from runtime_cpu import Engine
-from runtime_cpu.bench_worker import peak_memory_bytes
+from runtime_cpu.peak_memory import peak_resident_bytes
 from runtime_cpu.synth import text_like_ids
 path, memory, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 engine = Engine.open(path, threads=2, memory=memory)
@@ -32,7 +32,7 @@ while tokens == 0 or time.monotonic() - started < seconds:
     misses += engine.stats.cache_misses
     engine.tokenizer.decode(text)
 plan = engine.info.plan
-print(json.dumps({"peak": peak_memory_bytes(), "plan": plan.total_bytes, "offloads": plan.offloads, "tokens": tokens,
+print(json.dumps({"peak": peak_resident_bytes(), "plan": plan.total_bytes, "offloads": plan.offloads, "tokens": tokens,
                   "misses": misses, "context": engine.info.context}))
 """
 

@@ -52,6 +52,7 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
         "sampler",
         "reader",
         "reader fuzz: 20000",
+        "coverage: 10000 cases",
         "forward",
         "golden: 6",
         "checksum: ok",
@@ -78,3 +79,11 @@ def test_threads_under_thread_sanitizer() -> None:
 @pytest.mark.parametrize("seed", range(2, 12))
 def test_reader_fuzz_campaign(seed: int) -> None:
     run(build("address"), "--fuzz", "200000", "--seed", str(seed), "fuzz")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_coverage_guided_campaign(seed: int) -> None:
+    assert "coverage: 200000 cases" in run(
+        build("address"), "--coverage", "200000", "--seed", str(seed), "coverage"
+    )

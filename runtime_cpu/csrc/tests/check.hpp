@@ -20,6 +20,7 @@ void test_packed();
 void test_thread_pool();
 void test_reader();
 void test_reader_fuzz(unsigned long cases, unsigned long seed);
+void test_coverage(unsigned long cases, unsigned long seed);
 void test_sampler();
 void test_checksum();
 void test_file_reader();

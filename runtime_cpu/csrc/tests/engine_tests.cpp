@@ -75,12 +75,13 @@ void test_sampler() {
   RandomStream random(0);
   CHECK(random.next() == 0x99EC5F36CB75F2B4U && random.next() == 0xBF6E1F784956452AU);
 
+  const Kernels& fastest = select_kernels("auto");
   const std::vector<float> logits = {0.0F, 2.0F, 2.0F, -1.0F, 1.0F};
   const auto pick = [&](SamplerOptions options, int draws) {
     std::vector<int> counts(logits.size());
     for (int i = 0; i < draws; ++i) {
       options.seed = static_cast<std::uint64_t>(i);
-      ++counts[static_cast<std::size_t>(Sampler(5, options).sample(logits, 0).id)];
+      ++counts[static_cast<std::size_t>(Sampler(5, options).sample(logits, 0, fastest).id)];
     }
     return counts;
   };
@@ -114,15 +115,15 @@ void test_sampler() {
   options = {};
   options.presence_penalty = 0.5;
   Sampler sampler(5, options);
-  CHECK(sampler.sample(logits, 0).id == 1 && sampler.sample(logits, 0).id == 2 &&
-        sampler.sample(logits, 0).id == 1);
+  CHECK(sampler.sample(logits, 0, fastest).id == 1 && sampler.sample(logits, 0, fastest).id == 2 &&
+        sampler.sample(logits, 0, fastest).id == 1);
   options = {};
   options.repetition_penalty = 3.0;
   Sampler repeating(5, options);
   const std::vector<std::int32_t> prompt = {1, 2};
   repeating.observe_prompt(prompt);
-  CHECK(repeating.sample(logits, 0).id == 4);
-  const Choice choice = Sampler(5, {}).sample(logits, 3);
+  CHECK(repeating.sample(logits, 0, fastest).id == 4);
+  const Choice choice = Sampler(5, {}).sample(logits, 3, fastest);
   CHECK(choice.top.size() == 3 && choice.top[0].first == 1 && choice.top[1].first == 2 &&
         choice.top[2].first == 4);
   CHECK(std::fabs(std::exp(static_cast<double>(choice.logprob)) - 0.3917) < 1e-4);
@@ -133,9 +134,9 @@ void test_sampler() {
     options.temperature = 0.7;
     options.top_p = 0.9;
     std::vector<float> row(5, bad);
-    CHECK(Sampler(5, options).sample(row, 5).id < 5);
+    CHECK(Sampler(5, options).sample(row, 5, fastest).id < 5);
     row[2] = 1.0F;
-    CHECK(Sampler(5, options).sample(row, 5).id < 5);
+    CHECK(Sampler(5, options).sample(row, 5, fastest).id < 5);
   }
   std::printf("sampler: ok\n");
 }
@@ -166,11 +167,15 @@ void test_forward() {
       }
     }
     CHECK(distance(logits_of(model, tokens, 2, 16, "auto", "f16"), exact) < 2e-2);
+    const auto steps = logits_of(model, tokens, 1, 128, "auto", "q8");
+    CHECK(distance(steps, exact) < 1e-1, "8 bits: %g", distance(steps, exact));
+    CHECK(logits_of(model, tokens, 3, 7, "auto", "q8") == steps, "8 bits: threads change the bits");
 
     // Going back: wherever it is allowed, the future is the same; where a ring forgot, everything is.
-    Runtime runtime(model, {2, 256, 16, "auto", "f32"});
+    const std::string kept_as = type == Type::kQ4_0 ? "q8" : "f32";
+    Runtime runtime(model, {2, 256, 16, "auto", kept_as});
     Session session(runtime.kv_layout(), model->hyper);
-    const auto all = logits_of(model, tokens, 2, 16, "auto");
+    const auto all = logits_of(model, tokens, 2, 16, "auto", kept_as);
     const auto vocab = static_cast<std::size_t>(shape.vocab);
     RandomStream random(3);
     int kept = 0;

@@ -1,5 +1,6 @@
 // Every kernel of every table against the plain reference, over ragged and empty shapes, with a bound per
 // type.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -195,37 +196,121 @@ void test_exp_edges(const Kernels& kernels) {
   }
 }
 
+// What a token is chosen with, in rows that end anywhere.
+void test_logits(const Kernels& kernels, std::int64_t size, RandomStream& random) {
+  const Kernels& plain = reference_table();
+  const float infinity = std::numeric_limits<float>::infinity();
+  auto x = random_vector(random, size);
+  for (float& value : x) value *= 12.0F;
+  float peak = -infinity;
+  for (const float value : x) peak = std::max(peak, value);
+  const float lowest = kernels.exp_weights(x.data(), size, peak, 1.0F, 0.0F, nullptr);
+  CHECK(std::fabs(lowest - plain.exp_weights(x.data(), size, peak, 1.0F, 0.0F, nullptr)) <= 1e-6F * lowest);
+  std::vector<float> damaged = x;
+  damaged[static_cast<std::size_t>(size / 2)] = std::nanf("");
+  CHECK(std::isnan(kernels.exp_weights(damaged.data(), size, peak, 1.0F, 0.0F, nullptr)),
+        "%s: no number does not show in the sum", kernels.name);
+  damaged[0] = -infinity;
+  for (const auto* row : {&x, &damaged}) {
+    std::vector<float> got(static_cast<std::size_t>((size + kLogitRun - 1) / kLogitRun) + 1, 42.0F);
+    std::vector<float> expected = got;
+    plain.run_maxima(row->data(), size, expected.data());
+    kernels.run_maxima(row->data(), size, got.data());
+    CHECK(got == expected && got.back() == 42.0F, "%s run_maxima over %ld", kernels.name,
+          static_cast<long>(size));
+    // Everything, and what weighs at least a share of the best.
+    for (const float least : {std::numeric_limits<float>::min(), 0.01F}) {
+      std::vector<float> weights(row->size() + 1, 42.0F);
+      std::vector<float> exact = weights;
+      const float factor = 1.0F / 0.7F;
+      const float sum = kernels.exp_weights(row->data(), size, peak, factor, least, weights.data());
+      plain.exp_weights(row->data(), size, peak, factor, least, exact.data());
+      CHECK(weights.back() == 42.0F, "%s exp_weights wrote past the end", kernels.name);
+      double total = 0.0;
+      for (std::size_t i = 0; i < row->size(); ++i) {
+        // The exponent's own rounding counts as often as the exponent is large.
+        const double allowed = 1e-5 * static_cast<double>(exact[i]) + 1e-37;
+        const bool edge = std::fabs(exact[i] - least) + std::fabs(weights[i] - least) <= 2.1F * least &&
+                          (weights[i] == 0.0F || exact[i] == 0.0F);
+        CHECK(edge || std::fabs(static_cast<double>(weights[i]) - static_cast<double>(exact[i])) <= allowed,
+              "%s exp_weights[%zu]: %g, expected %g", kernels.name, i, static_cast<double>(weights[i]),
+              static_cast<double>(exact[i]));
+        total += static_cast<double>(weights[i]);
+      }
+      CHECK(std::fabs(static_cast<double>(sum) - total) <= 1e-5 * total);
+      float before = infinity;
+      for (const float bound : {-infinity, peak - 30.0F, peak - 3.0F, peak, infinity}) {
+        const LogitMass mass = kernels.mass_above(row->data(), weights.data(), size, bound);
+        const LogitMass wanted = plain.mass_above(row->data(), weights.data(), size, bound);
+        CHECK(mass.count == wanted.count && std::fabs(mass.sum - wanted.sum) <= 1e-5F * wanted.sum);
+        CHECK(mass.sum <= before, "%s: a higher bound weighs more", kernels.name);
+        before = mass.sum;
+      }
+    }
+  }
+}
+
+// Tiles of random steps with scales of all sizes.
+std::vector<std::byte> random_tiles(RandomStream& random, std::int64_t tiles, std::int64_t dim, bool value) {
+  std::vector<std::byte> bytes(static_cast<std::size_t>(tiles * Q8Tile::bytes(dim)));
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random.next() % 255 - 127);
+  const auto scale = [&](std::int64_t at) {
+    const std::uint16_t half = float_to_half(std::ldexp(uniform(random), -6));
+    std::memcpy(bytes.data() + at, &half, sizeof half);
+  };
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    for (std::int64_t i = 0; i < kKeyTile * Q8Tile::blocks(dim); ++i) {
+      const std::int64_t inside =
+          value ? 2 * i : i / kKeyTile * kKeyTile * (2 + kQ8Block) + 2 * (i % kKeyTile);
+      scale(tile * Q8Tile::bytes(dim) + inside);
+    }
+  }
+  return bytes;
+}
+
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
-                    bool half, RandomStream& random) {
+                    KvType type, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
   const std::int64_t tiles = (count + kKeyTile - 1) / kKeyTile;
   const auto rows = random_vector(random, tiles * kKeyTile * dim);
   std::vector<std::uint16_t> packed(rows.size());
   reference_table().to_half(rows.data(), static_cast<std::int64_t>(rows.size()), packed.data());
-  KvRows kv{rows.data(), false, count};
-  if (half) kv = {packed.data(), true, count};
-  KvRows keys = kv;
+  const std::vector<std::byte> key_tiles = random_tiles(random, tiles, dim, false);
+  const std::vector<std::byte> value_tiles = random_tiles(random, tiles, dim, true);
+  KvRows values{rows.data(), type, count, 0};
+  if (type == KvType::kF16) values.data = packed.data();
+  KvRows keys = values;
   keys.count = tiles;
+  if (type == KvType::kQ8) {
+    keys.data = key_tiles.data();
+    values.data = value_tiles.data();
+    values.first = tiles * kKeyTile - count;  // in the middle of a tile
+  }
   const std::int64_t stride = tiles * kKeyTile + 1;
   std::vector<float> got(static_cast<std::size_t>(groups * stride), 5.0F);
   std::vector<float> expected = got;
   reference_table().attention_scores(q.data(), groups, dim, keys, 0.25F, expected.data(), stride);
   kernels.attention_scores(q.data(), groups, dim, keys, 0.25F, got.data(), stride);
-  compare("attention_scores", got, expected, 4 * kEpsilon, static_cast<double>(dim) * 2 * kEpsilon);
+  // A table may take the query in 16 bits: half a step of its greatest value times a key of at most 2.
+  const double rounding = type == KvType::kQ8 ? 0.25 * 2.0 / kActivationSteps : 0.0;
+  compare("attention_scores", got, expected, 4 * kEpsilon,
+          static_cast<double>(dim) * (2 * kEpsilon + rounding));
   std::vector<float> out = q;
   std::vector<float> expected_out = q;
-  reference_table().attention_values(expected.data(), stride, groups, dim, kv, expected_out.data());
-  kernels.attention_values(expected.data(), stride, groups, dim, kv, out.data());
+  reference_table().attention_values(expected.data(), stride, groups, dim, values, expected_out.data());
+  kernels.attention_values(expected.data(), stride, groups, dim, values, out.data());
   double size = 1.0;
   for (const float value : expected) size += std::fabs(static_cast<double>(value));
   compare("attention_values", out, expected_out, 4 * kEpsilon, size * 8 * kEpsilon);
   // Cut in two: the same bits.
   std::vector<float> cut = q;
-  KvRows part = kv;
+  KvRows part = values;
   part.count = count / 3;
   kernels.attention_values(expected.data(), stride, groups, dim, part, cut.data());
-  part.data = static_cast<const std::byte*>(kv.data) + part.count * dim * (half ? 2 : 4);
-  part.count = count - part.count;
+  const std::int64_t next = values.first + part.count;
+  const std::int64_t skipped = type == KvType::kQ8 ? next / kKeyTile * Q8Tile::bytes(dim)
+                                                   : part.count * dim * (type == KvType::kF16 ? 2 : 4);
+  part = {static_cast<const std::byte*>(values.data) + skipped, type, count - part.count, next % kKeyTile};
   kernels.attention_values(expected.data() + count / 3, stride, groups, dim, part, cut.data());
   CHECK(cut == out, "%s attention_values in two calls", kernels.name);
 }
@@ -270,11 +355,14 @@ void test_kernels() {
     for (const std::int64_t size : {1, 2, 3, 7, 8, 9, 16, 30, 32, 64, 100, 257}) {
       test_elementwise(*kernels, size, random);
     }
+    for (const std::int64_t size : {1, 5, 16, 31, 63, 64, 65, 200, 1027, 4096}) {
+      test_logits(*kernels, size, random);
+    }
     for (const std::int64_t groups : {1, 2, 3, 6, 7}) {
-      for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 128}) {
-        for (const std::int64_t count : {0, 1, 3, 64}) {
-          test_attention(*kernels, groups, dim, count, false, random);
-          test_attention(*kernels, groups, dim, count, true, random);
+      for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 98, 128, 288}) {
+        for (const std::int64_t count : {0, 1, 3, 41, 64}) {
+          for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8})
+            test_attention(*kernels, groups, dim, count, type, random);
         }
       }
     }

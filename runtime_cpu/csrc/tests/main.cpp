@@ -1,4 +1,4 @@
-// core_tests [--golden FOLDER] [--fuzz CASES] [--seed N] [TEST...]
+// core_tests [--golden FOLDER] [--fuzz CASES] [--coverage CASES] [--seed N] [TEST...]
 #include <string>
 #include <vector>
 
@@ -6,6 +6,7 @@
 
 int main(int argc, char** argv) {
   unsigned long cases = 20000;
+  unsigned long guided = 10000;
   unsigned long seed = 1;
   const char* golden = nullptr;
   std::vector<std::string> wanted;
@@ -14,6 +15,8 @@ int main(int argc, char** argv) {
     const bool has_value = i + 1 < argc;
     if (argument == "--fuzz" && has_value) {
       cases = std::strtoul(argv[++i], nullptr, 10);
+    } else if (argument == "--coverage" && has_value) {
+      guided = std::strtoul(argv[++i], nullptr, 10);
     } else if (argument == "--seed" && has_value) {
       seed = std::strtoul(argv[++i], nullptr, 10);
     } else if (argument == "--golden" && has_value) {
@@ -39,6 +42,7 @@ int main(int argc, char** argv) {
   if (runs("cache")) test_expert_cache();
   if (runs("reader")) test_reader();
   if (runs("fuzz")) test_reader_fuzz(cases, seed);
+  if (runs("coverage")) test_coverage(guided, seed);
   if (runs("forward")) test_forward();
   if (runs("head")) test_head();
   if (runs("offload")) test_offload();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "huge_memory.hpp"
@@ -147,6 +148,69 @@ void time_experts(const Kernels& kernels, const Weights& weights, const Inputs& 
   }
 }
 
+// Rows of an output matrix of 131 MB that a predictor names here and there, and the whole of it.
+void time_head(const Kernels& kernels, const Inputs& x, int repeats) {
+  constexpr std::int64_t kVocab = 151936;
+  Matrix rows = make_matrix(nullptr, Type::kQ4_0, kHidden, kVocab);
+  HugeMemory stock(rows.row_bytes * kVocab);
+  std::memset(stock.data(), 0x11, rows.row_bytes * kVocab);
+  rows.data = stock.data();
+  TileMatrix tiles{nullptr, kVocab, kHidden};
+  HugeMemory tiled(tiles.bytes());
+  pack_tiles(rows, 0, 0, tiles.tiles(), tiled.data());
+  tiles.data = tiled.data();
+  std::vector<float> out(kVocab);
+  report(kernels.name, "head, whole", "ms", -1e-3, repeats,
+         [&] { kernels.tiles(tiles, 0, tiles.tiles(), x.view(kHidden), 1, out.data(), kVocab); });
+  HugeMemory tile(tiles.tile_bytes());
+  for (const int percent : {4, 8, 16}) {
+    std::vector<std::int64_t> named;
+    std::uint32_t random = 1;
+    for (std::int64_t i = 0; i < kVocab; ++i) {
+      random = random * 1664525U + 1013904223U;
+      if (random >> 8U < static_cast<std::uint32_t>(percent) * ((1U << 24U) / 100)) named.push_back(i);
+    }
+    char what[64];
+    std::snprintf(what, sizeof what, "head, %d %% of rows, scattered", percent);
+    report(kernels.name, what, "ms", -1e-3, repeats, [&] {
+      for (std::size_t at = 0; at + 16 <= named.size(); at += 16) {
+        for (std::size_t n = at + 16; n < std::min(named.size(), at + 32); ++n) prefetch_row(rows, named[n]);
+        gather_tile(rows, named.data() + at, 16, tile.data());
+        kernels.tiles({tile.data(), 16, kHidden}, 0, 1, x.view(kHidden), 1, out.data(), 16);
+      }
+    });
+  }
+}
+
+// One token of the 4B model after 2,048 others: 32 layers of two key heads, which six query heads share.
+void time_attention(const Kernels& kernels, int repeats) {
+  constexpr std::int64_t kHeads = 64;
+  constexpr std::int64_t kPositions = 2048;
+  constexpr std::int64_t kDim = 128;
+  constexpr std::int64_t kShared = 6;
+  std::vector<float> query(kShared * kDim, 0.01F);
+  std::vector<float> out(kShared * kDim);
+  std::vector<float> scores(kShared * kPositions);
+  for (const KvType type : {KvType::kF16, KvType::kQ8}) {
+    const std::int64_t bytes =
+        type == KvType::kF16 ? kPositions * kDim * 2 : kPositions / kKeyTile * Q8Tile::bytes(kDim);
+    HugeMemory cache(static_cast<std::size_t>(2 * kHeads * bytes));
+    std::memset(cache.data(), 0x11, static_cast<std::size_t>(2 * kHeads * bytes));
+    const char* name = type == KvType::kF16 ? "attention, 2,048 keys, f16" : "attention, 2,048 keys, q8";
+    report(kernels.name, name, "ms", -1e-3, repeats, [&] {
+      for (std::int64_t h = 0; h < kHeads; ++h) {
+        const std::byte* keys = cache.data() + 2 * h * bytes;
+        kernels.attention_scores(query.data(), kShared, kDim, {keys, type, kPositions / kKeyTile, 0}, 0.1F,
+                                 scores.data(), kPositions);
+        for (std::int64_t g = 0; g < kShared; ++g)
+          kernels.exp_sum(scores.data() + g * kPositions, kPositions, 1.0F);
+        kernels.attention_values(scores.data(), kPositions, kShared, kDim,
+                                 {keys + bytes, type, kPositions, 0}, out.data());
+      }
+    });
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -157,6 +221,8 @@ int main(int argc, char** argv) {
     const Inputs x(*kernels, kTokens, kHidden);
     time_dense(*kernels, weights, x, repeats);
     time_experts(*kernels, weights, x, repeats);
+    time_attention(*kernels, repeats);
+    time_head(*kernels, x, repeats);
   }
   return 0;
 }
