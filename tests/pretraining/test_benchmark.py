@@ -34,6 +34,7 @@ def measure_small(answer: Path) -> None:
     answer.write_text(json.dumps({"losses": losses, "result": result}))
 
 
+@pytest.mark.campaign
 def test_both_loops_train_the_same_model(tmp_path: Path, children: Children) -> None:
     children.call_ranks(1, measure_small, tmp_path / "answer.json")
     answer = json.loads((tmp_path / "answer.json").read_text())

@@ -136,6 +136,7 @@ def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(
     assert weights(tmp_path / "taken", "stage3") != weights(tmp_path / "taken", "stage2")
 
 
+@pytest.mark.campaign
 def test_too_many_spikes_in_a_row_stop_the_run(tmp_path: Path, tokens: Path, children: Children) -> None:
     answer = children.run(tokens, tmp_path / "out", run_config(**SPIKY, on_spike="skip", max_skips=2))
     assert "Training stopped at step 36: the loss jumped" in answer["error"]

@@ -193,7 +193,14 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     assert_same_result(out, whole)
 
 
-@pytest.mark.parametrize(("damaged", "resumed"), [((), 36), ((36,), 35), ((35, 36), None)])
+@pytest.mark.parametrize(
+    ("damaged", "resumed"),
+    [
+        pytest.param((), 36, marks=pytest.mark.campaign),
+        pytest.param((36,), 35, marks=pytest.mark.campaign),
+        ((35, 36), None),
+    ],
+)
 def test_a_finished_run_with_damaged_checkpoints_is_made_again(
     tmp_path: Path,
     tokens: Path,
