@@ -130,6 +130,11 @@ class BatchSource:
         )
 
 
+def groups_fit(groups: int, world: int) -> bool:
+    """Whether ``world`` processes can share out load-balance groups: several to a process or the other way round."""
+    return groups % world == 0 or world % groups == 0
+
+
 def accumulation_steps(config: PretrainConfig, stage: int, world: int) -> int:
     """Micro-steps per optimizer step of one rank.
 
@@ -144,7 +149,7 @@ def accumulation_steps(config: PretrainConfig, stage: int, world: int) -> int:
             "or processes."
         )
     groups = config.load_balance_groups
-    if groups % world and world % groups:
+    if not groups_fit(groups, world):
         raise StageError(
             f"load_balance_groups is {groups}; with {world} processes a divisor or a multiple of {world} is allowed."
         )

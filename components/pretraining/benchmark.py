@@ -146,19 +146,12 @@ class PlainLoop:
 
     def __init__(self, config: PretrainConfig, ours: Ours) -> None:
         from components.pretraining.building import initial_model
-        from components.pretraining.engine import parameter_groups
+        from components.pretraining.engine import build_optimizer
 
         self._config, self._source, self._ranks = config, ours.source, ours.ranks
         self.model = initial_model(config, ours.architecture, ours.ranks.device)
         self.model.train()
-        part_ = config.optimizer
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, part_.weight_decay),
-            lr=part_.peak_lr,
-            betas=(part_.beta1, part_.beta2),
-            eps=part_.eps,
-            fused=True,
-        )
+        self._optimizer = build_optimizer(self.model, config.optimizer)
 
     def run(self, step: int) -> float:
         """One optimizer step; its loss."""

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import HashStore
 
 from components.artifacts import StageError
 from components.pretraining.batches import accumulation_steps
-from components.pretraining.config import PretrainConfig
+from components.pretraining.config import OptimizerPart, PretrainConfig
 from components.pretraining.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -146,6 +146,17 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return groups
 
 
+def build_optimizer(model: torch.nn.Module, part: OptimizerPart) -> torch.optim.AdamW:
+    """torch's fused AdamW over :func:`parameter_groups`."""
+    return torch.optim.AdamW(
+        parameter_groups(model, part.weight_decay),
+        lr=part.peak_lr,
+        betas=(part.beta1, part.beta2),
+        eps=part.eps,
+        fused=True,
+    )
+
+
 def _quieten() -> None:
     """DeepSpeed reports each step of its set-up at INFO; keep what concerns the user."""
     from deepspeed.utils import logger  # type: ignore[import-untyped]
@@ -185,17 +196,9 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
         model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
     if config.compile_layers:
         compile_layers(model)
-    part = config.optimizer
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, part.weight_decay),
-        lr=part.peak_lr,
-        betas=(part.beta1, part.beta2),
-        eps=part.eps,
-        fused=True,
-    )
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=optimizer,
+        optimizer=build_optimizer(model, config.optimizer),
         config=deepspeed_config(config, ranks.world, ranks.precision),
         dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )

@@ -61,3 +61,10 @@ def official_parameter(name: str) -> str | None:
     if not owner.endswith(".experts.experts"):
         return name
     return f"{owner.removesuffix('.experts')}.{_STACKS[leaf]}" if leaf in _STACKS else None
+
+
+def sharded_parameter(official: str) -> str:
+    """The inverse of :func:`official_parameter`: the name where experts are sharded."""
+    owner, _, leaf = official.rpartition(".")
+    stacks = {stack: name for name, stack in _STACKS.items()}
+    return f"{owner}.experts.{stacks[leaf]}" if leaf in stacks else official

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
+from components.pretraining.batches import groups_fit
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.curriculum import Curriculum
 from components.pretraining.flops import active_parameters, training_flops_per_token
@@ -243,10 +244,10 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
                 days=tokens * flops / speed / 86_400,
             )
         )
-    groups = config.load_balance_groups
-    if groups % processes and processes % groups:
+    if not groups_fit(config.load_balance_groups, processes):
         problems.append(
-            f"load_balance_groups is {groups}; on {processes} processes it must divide them or be a multiple of them"
+            f"load_balance_groups is {config.load_balance_groups}; on {processes} processes it must divide them or be "
+            "a multiple of them"
         )
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:

@@ -5,6 +5,7 @@ whole checkpoint at or before step N gives the weights; forward and backward run
 process, without touching the run. stdout: one line of JSON per sequence, then one per group of parameters.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import argparse
@@ -26,6 +27,7 @@ from components.pretraining.checkpoints import Checkpoint, CheckpointStore
 from components.pretraining.config import CATEGORIES, PretrainConfig
 from components.pretraining.head_loss import token_losses
 from components.pretraining.resharding import convert, parameter_folder
+from components.pretraining.training_step import training_loss
 
 RUN_NAME = "run.json"
 _SHOWN_TOKENS = 32
@@ -135,11 +137,7 @@ class Replay:
             for batch in group:
                 out = self._forward(batch)
                 losses_BT = token_losses(out.logits, batch.labels_BT)
-                loss = (
-                    losses_BT.mean()
-                    + self.config.load_balance_coef * out.load_balance_loss
-                    + self.config.router_z_coef * out.router_z_loss
-                )
+                loss = training_loss(losses_BT.mean(), out, self.config)
                 (loss / micro_steps).backward()
                 for losses_T, ids_T in zip(losses_BT.detach(), batch.input_ids_BT, strict=True):
                     yield SequenceReport(

@@ -34,6 +34,7 @@ from components.pretraining.checkpoints import (
 )
 from components.pretraining.config import PretrainConfig
 from components.pretraining.engine import Ranks
+from components.pretraining.mesh import official_parameter, sharded_parameter
 
 
 @dataclass(frozen=True)
@@ -143,20 +144,17 @@ def universal(store: CheckpointStore, checkpoint: Checkpoint, ranks: Ranks, agre
     return final
 
 
-# Expert weights have other names when they are spread over processes; the files keep the names that they were saved by.
-_SYNONYMS = {"experts.experts.w1": "experts.gate_up_proj", "experts.experts.w2": "experts.down_proj"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parameter_folder(folder: Path, name: str) -> Path | None:
-    """Where a universal checkpoint keeps a parameter, by the name that the present model has for it, or ``None``."""
-    names = [name]
-    for spread, whole in _SYNONYMS.items():
-        if name.endswith(spread):
-            names.append(name.removesuffix(spread) + whole)
-        elif name.endswith(whole) and not name.endswith(spread):
-            names.append(name.removesuffix(whole) + spread)
-    return next((folder / "zero" / n for n in names if (folder / "zero" / n / "fp32.pt").is_file()), None)
+    """Where a universal checkpoint keeps a parameter, by the name that the present model has for it, or ``None``.
+
+    Expert weights have other names when they are spread over processes; the files keep those they were saved by.
+    """
+    official = official_parameter(name) or name
+    places = (folder / "zero" / candidate for candidate in (official, sharded_parameter(official)))
+    return next((place for place in places if (place / "fp32.pt").is_file()), None)
 
 
 def _read(path: Path) -> torch.Tensor:
@@ -187,7 +185,7 @@ def load_universal(engine: Any, folder: Path) -> dict[str, Any]:
             name = zero.param_names[parameter]
             source = parameter_folder(folder, name)
             if source is None:
-                if name.endswith("experts.experts.w3"):
+                if official_parameter(name) is None:
                     continue  # fills a place in DeepSpeed's files and is zero
                 raise StageError(f"The checkpoint {folder.name} has no parameter {name}.")
             part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address

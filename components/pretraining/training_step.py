@@ -36,6 +36,14 @@ class Gradients:
     waited_s: float
 
 
+def training_loss(ce: Tensor, out: Any, config: PretrainConfig) -> Tensor:
+    """What is minimised: the mean cross-entropy and the routers' two losses at their weights."""
+    loss: Tensor = (
+        ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
+    )
+    return loss
+
+
 class TrainingStep:
     """Forward and backward of all micro-steps of a step.
 
@@ -72,11 +80,7 @@ class TrainingStep:
             ce, losses_BT = fused_token_losses(
                 out.hidden_states[-1], engine.module.lm_head.weight, labels_BT, config.loss_chunk_tokens
             )
-            loss = (
-                ce
-                + config.load_balance_coef * out.load_balance_loss
-                + config.router_z_coef * out.router_z_loss
-            )
+            loss = training_loss(ce, out, config)
         self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
         engine.backward(loss)
 

