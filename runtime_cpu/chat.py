@@ -17,7 +17,7 @@ from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
 from runtime_cpu.generation import Stats
 from runtime_cpu.head import HEADS
 from runtime_cpu.memory import format_bytes
-from runtime_cpu.planning import KV_TYPES
+from runtime_cpu.options import add_kv_option
 from runtime_cpu.tokenizer import TokenizerError
 
 _HELP = """/reset  forget the conversation
@@ -102,12 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--context", type=int)
     parser.add_argument("--memory", help="limit for everything, such as 1GiB")
-    parser.add_argument(
-        "--kv",
-        choices=KV_TYPES,
-        default="auto",
-        help="keys and values: q8 takes half the memory of f16 and rounds to 8 bits (default: %(default)s)",
-    )
+    add_kv_option(parser)
     parser.add_argument(
         "--head", choices=HEADS, default="exact", help="predictor: faster, and it can lose tokens"
     )

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu import Engine, EngineError
-from runtime_cpu.planning import KV_TYPES
+from runtime_cpu.options import add_kv_option
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
 _ROWS = 64  # rows of logits turned to float64 at once
@@ -142,12 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--window", type=int, help="tokens per window (default: 512 or the context)")
     parser.add_argument("--max-tokens", type=int, help="use only so many tokens from the front")
     parser.add_argument("--threads", type=int)
-    parser.add_argument(
-        "--kv",
-        choices=KV_TYPES,
-        default="auto",
-        help="keys and values: q8 takes half the memory of f16 and rounds to 8 bits (default: %(default)s)",
-    )
+    add_kv_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     options = parser.parse_args(arguments)
     try:

@@ -17,7 +17,7 @@ from runtime_cpu import Engine, EngineError
 from runtime_cpu.chat_template import ChatTemplateError
 from runtime_cpu.head import HEADS
 from runtime_cpu.memory import format_bytes
-from runtime_cpu.planning import KV_TYPES
+from runtime_cpu.options import add_kv_option
 from runtime_cpu.serve.app import ServerSettings, build_app
 from runtime_cpu.tokenizer import TokenizerError
 
@@ -42,12 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--context", type=int, help="tokens of context (default: all that the model and memory allow)"
     )
     parser.add_argument("--memory", help="limit for everything, such as 1GiB (default: none)")
-    parser.add_argument(
-        "--kv",
-        choices=KV_TYPES,
-        default="auto",
-        help="keys and values: q8 takes half the memory of f16 and rounds to 8 bits (default: %(default)s)",
-    )
+    add_kv_option(parser)
     parser.add_argument(
         "--head",
         choices=HEADS,

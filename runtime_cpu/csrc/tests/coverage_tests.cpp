@@ -12,7 +12,7 @@
 #include "gguf_builder.hpp"
 #include "model.hpp"
 #include "packed_builder.hpp"
-#include "runtime.hpp"
+#include "short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -105,19 +105,9 @@ class Bender {
   RandomStream random_;
 };
 
-// Small prompts through what was accepted: every weight that the file promises is read.
 void run(const std::shared_ptr<const Model>& model) {
   if (model->hyper.context > 4096 || model->hyper.layers > 8 || model->hyper.vocab > 4096) return;
-  RuntimeOptions options;
-  options.context = std::min<std::int64_t>(model->hyper.context, 16);
-  options.chunk = 4;
-  options.predict_head = model->head_predictor.has_value();
-  Runtime runtime(model, options);
-  Session session(runtime.kv_layout(), model->hyper);
-  std::vector<float> logits(static_cast<std::size_t>(model->hyper.vocab));
-  const std::vector<std::int32_t> tokens(static_cast<std::size_t>(std::min<std::int64_t>(options.context, 3)),
-                                         static_cast<std::int32_t>(model->hyper.vocab - 1));
-  runtime.forward(session, tokens, logits.data(), 1);
+  run_shortly(model);
 }
 
 // Whether the reader took it.

@@ -9,7 +9,7 @@
 #include "gguf_builder.hpp"
 #include "model.hpp"
 #include "packed_builder.hpp"
-#include "runtime.hpp"
+#include "short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -359,17 +359,7 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
       if (model->hyper.context > 4096 || model->hyper.layers > 8) continue;
       // An accepted file must also run: every weight it promises is read.
       if (accepted % 8 != 0) continue;
-      RuntimeOptions options;
-      options.context = std::min<std::int64_t>(model->hyper.context, 16);
-      options.chunk = 4;
-      options.predict_head = model->head_predictor.has_value();
-      Runtime runtime(model, options);
-      Session session(runtime.kv_layout(), model->hyper);
-      std::vector<float> logits(static_cast<std::size_t>(model->hyper.vocab));
-      const auto last = static_cast<std::int32_t>(model->hyper.vocab - 1);
-      const std::vector<std::int32_t> tokens(
-          static_cast<std::size_t>(std::min<std::int64_t>(options.context, 3)), last);
-      runtime.forward(session, tokens, logits.data(), 1);
+      run_shortly(model);
     } catch (const EngineError&) {  // of a packed file also later, by the checksum of an expert
     }
   }
