@@ -7,18 +7,80 @@
 
 namespace smallthinker {
 
-inline constexpr int kNeuronsAhead = 12;           // whose weights are on their way into the second cache
+inline constexpr int kNeuronsAhead = 6;            // whose weights are on their way into the second cache
 inline constexpr std::int64_t kListedGroups = 16;  // whose active neurons are listed together
 
-// prefetch(group, neuron); up_two and up_one(groups, neurons, dots) set dots; down(group, neurons, hidden,
-// count) adds to the output. All of them are inlined: no copy compiled for newer instructions is left to the
-// linker.
-template <typename Prefetch, typename UpTwo, typename UpOne, typename Down>
+// The listed neurons' weights, fetched some lines at a time between the products: asked for all at once they
+// would fill the processor's queue, and the products would wait for it and the memory then for them.
+class NeuronFetch {
+ public:
+  SMALLTHINKER_INLINE NeuronFetch(const ExpertShape& shape, const std::byte* const* groups,
+                                  const std::int32_t* ids, std::int64_t count)
+      : shape_(shape),
+        groups_(groups),
+        ids_(ids),
+        count_(count),
+        lines_(static_cast<std::int64_t>(2 * shape.half_bytes()) / kLine) {}
+
+  // The weights of `neurons` further ones, or half of them: the other half goes along with `outputs`.
+  SMALLTHINKER_INLINE void whole(std::int64_t neurons) { advance(neurons * lines_); }
+  SMALLTHINKER_INLINE void half(std::int64_t neurons) { advance((neurons * lines_ + 1) / 2); }
+
+  // Of a group from whose `active` neurons outputs are made next; `following`: the group after it, if any.
+  SMALLTHINKER_INLINE void enter(std::int64_t active, const std::byte* following) {
+    pace_ = (active * lines_ * kPaceOutputs + 2 * shape_.padded() - 1) / (2 * shape_.padded());
+    following_ = following;
+  }
+  // `at`, a multiple of 64: the first of 64 outputs that are made now.
+  SMALLTHINKER_INLINE void outputs(std::int64_t at) {
+    if (following_ != nullptr) {  // the scales of down
+      for (int i = 0; i < 2; ++i) __builtin_prefetch(following_ + 2 * at + i * kLine, 0, 2);
+    }
+    advance(pace_);
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+  static constexpr std::int64_t kPaceOutputs = 64;
+
+  SMALLTHINKER_INLINE void advance(std::int64_t lines) {
+    while (lines > 0 && neuron_ < count_) {
+      const std::byte* group = groups_[neuron_];
+      if (line_ == 0) {
+        const std::byte* scales = group + shape_.up_scales(ids_[neuron_]);
+        const std::size_t bytes = shape_.scales_bytes() / kNeuronGroup;
+        for (std::size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(scales + i, 0, 2);
+      }
+      const std::byte* at = group + shape_.up_nibbles(ids_[neuron_]);
+      const std::int64_t end = line_ + lines < lines_ ? line_ + lines : lines_;
+      lines -= end - line_;
+      for (; line_ < end; ++line_) __builtin_prefetch(at + line_ * kLine, 0, 2);
+      if (line_ == lines_) {
+        line_ = 0;
+        ++neuron_;
+      }
+    }
+  }
+
+  const ExpertShape& shape_;
+  const std::byte* const* groups_;
+  const std::int32_t* ids_;
+  std::int64_t count_;
+  std::int64_t lines_;  // of a neuron's nibbles
+  std::int64_t neuron_ = 0;
+  std::int64_t line_ = 0;
+  std::int64_t pace_ = 0;  // lines per 64 outputs
+  const std::byte* following_ = nullptr;
+};
+
+// up_two and up_one(groups, neurons, dots) set dots; down(group, neurons, hidden, count, fetch) adds to the
+// output and calls `fetch.outputs` on its way. All of them are inlined: no copy compiled for newer
+// instructions is left to the linker.
+template <typename UpTwo, typename UpOne, typename Down>
 SMALLTHINKER_INLINE std::int64_t walk_active_neurons(const ExpertShape& shape, const std::byte* expert,
                                                      std::int64_t group_begin, std::int64_t group_end,
-                                                     const float* gate, const Prefetch& prefetch,
-                                                     const UpTwo& up_two, const UpOne& up_one,
-                                                     const Down& down) {
+                                                     const float* gate, const UpTwo& up_two,
+                                                     const UpOne& up_one, const Down& down) {
   std::int64_t active = 0;
   for (std::int64_t first = group_begin; first < group_end; first += kListedGroups) {
     const std::int64_t last = first + kListedGroups < group_end ? first + kListedGroups : group_end;
@@ -40,19 +102,16 @@ SMALLTHINKER_INLINE std::int64_t walk_active_neurons(const ExpertShape& shape, c
     }
     begins[last - first] = count;
     active += count;
-    for (std::int64_t i = 0; i < (count < kNeuronsAhead ? count : kNeuronsAhead); ++i)
-      prefetch(groups[i], ids[i]);
+    NeuronFetch fetch(shape, groups, ids, count);
+    fetch.whole(kNeuronsAhead);
     for (std::int64_t g = first; g < last; ++g) {
       const std::int64_t begin = begins[g - first];
       const std::int64_t end = begins[g - first + 1];
       if (begin == end) continue;
       for (std::int64_t i = begin; i < end; i += 2) {
-        const int rows = i + 1 < end ? 2 : 1;
-        for (std::int64_t a = i + kNeuronsAhead; a < i + kNeuronsAhead + rows && a < count; ++a) {
-          prefetch(groups[a], ids[a]);
-        }
+        fetch.half(2);
         float dots[2];
-        if (rows == 2) {
+        if (i + 1 < end) {
           up_two(groups + i, ids + i, dots);
           hidden[i + 1] *= dots[1];
         } else {
@@ -60,7 +119,8 @@ SMALLTHINKER_INLINE std::int64_t walk_active_neurons(const ExpertShape& shape, c
         }
         hidden[i] *= dots[0];
       }
-      down(groups[begin], ids + begin, hidden + begin, end - begin);
+      fetch.enter(end - begin, end < count ? groups[end] : nullptr);
+      down(groups[begin], ids + begin, hidden + begin, end - begin, fetch);
     }
   }
   return active;

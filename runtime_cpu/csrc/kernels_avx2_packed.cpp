@@ -115,18 +115,6 @@ void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t
   }
 }
 
-SMALLTHINKER_INLINE void prefetch_neuron(const ExpertShape& shape, const std::byte* group, std::int64_t n) {
-  const std::byte* at = group + shape.up_nibbles(n);
-  const std::size_t bytes = 2 * shape.half_bytes();
-  for (std::size_t i = 0; i < bytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
-  const std::byte* scales = group + shape.up_scales(n);
-  const std::size_t scale_bytes = shape.scales_bytes() / kNeuronGroup;
-  for (std::size_t i = 0; i < scale_bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + i), _MM_HINT_T1);
-  }
-}
-
 // The dot product of R up rows with x.
 template <int R>
 SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* const* groups,
@@ -242,12 +230,13 @@ SMALLTHINKER_INLINE void column_sums(const Column& column, std::int64_t at, std:
 
 // out += sum over the `count` listed neurons of one group of hidden[i] * down column.
 void add_down(const ExpertShape& shape, const std::byte* group, const std::int32_t* ids, const float* hidden,
-              std::int64_t count, float* out) {
+              std::int64_t count, NeuronFetch& fetch, float* out) {
   const Column column = quantise_column(shape, group, ids, hidden, count);
   const std::int64_t even = (count + 1) / 2 * 2;
   const __m256i start = _mm256_set1_epi32(column.start);
   const __m256 scales = _mm256_set1_ps(column.scale);
   for (std::int64_t at = 0; at < shape.padded() / 2; at += 32) {
+    fetch.outputs(2 * at);
     __m256i sums[2][2][2];
     for (auto& half : sums) {
       for (auto& nibble : half) nibble[0] = nibble[1] = start;
@@ -331,17 +320,14 @@ std::int64_t avx2_neurons(const ExpertShape& shape, const std::byte* expert, std
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
   return walk_active_neurons(
       shape, expert, group_begin, group_end, gate,
-      [&](const std::byte* group, std::int32_t n)
-          __attribute__((always_inline)) { prefetch_neuron(shape, group, n); },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<2>(shape, groups, ids, planes, dots);
       },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<1>(shape, groups, ids, planes, dots);
       },
-      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count) {
-        add_down(shape, group, ids, hidden, count, out);
-      });
+      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count,
+          NeuronFetch& fetch) { add_down(shape, group, ids, hidden, count, fetch, out); });
 }
 
 }  // namespace smallthinker

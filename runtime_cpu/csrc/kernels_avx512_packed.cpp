@@ -32,6 +32,9 @@ SMALLTHINKER_INLINE __m512 join(__m512i low, __m512i high) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8)));
 }
 
+// The processor's own prefetcher does not run far enough ahead of so many products.
+constexpr std::int64_t kPairsAhead = 8;
+
 template <int N>
 void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                  const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
@@ -39,10 +42,16 @@ void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t
   Planes planes[N];
   for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
   const std::byte* pair = matrix.data + static_cast<std::size_t>(tile_begin) * matrix.tile_bytes();
+  const std::byte* const last =
+      matrix.data + static_cast<std::size_t>(tile_end) * matrix.tile_bytes() - kTilePairBytes;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
     __m512 sums[N];
     for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
     for (std::int64_t p = 0; p < pairs; ++p, pair += kTilePairBytes) {
+      const std::byte* ahead =
+          pair + kPairsAhead * kTilePairBytes < last ? pair + kPairsAhead * kTilePairBytes : last;
+      for (std::int64_t i = 0; i < kTilePairBytes; i += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
       for (std::int64_t z = 0; z < 2; ++z) {
         const std::int64_t b = 2 * p + z;
         __m512i low[N];
@@ -75,18 +84,6 @@ void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t
     for (int n = 0; n < N; ++n) {
       _mm512_mask_storeu_ps(out + (token + n) * out_stride + (tile - tile_begin) * kTileRows, mask, sums[n]);
     }
-  }
-}
-
-SMALLTHINKER_INLINE void prefetch_neuron(const ExpertShape& shape, const std::byte* group, std::int64_t n) {
-  const std::byte* at = group + shape.up_nibbles(n);
-  const std::size_t bytes = 2 * shape.half_bytes();
-  for (std::size_t i = 0; i < bytes; i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T1);
-  const std::byte* scales = group + shape.up_scales(n);
-  const std::size_t scale_bytes = shape.scales_bytes() / kNeuronGroup;
-  for (std::size_t i = 0; i < scale_bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(scales + i), _MM_HINT_T1);
   }
 }
 
@@ -130,7 +127,7 @@ SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* cons
 
 // out += sum over the `count` listed neurons of one group of hidden[i] * down column.
 void add_down(const ExpertShape& shape, const std::byte* group, const std::int32_t* ids, const float* hidden,
-              std::int64_t count, float* out) {
+              std::int64_t count, NeuronFetch& fetch, float* out) {
   float peak = 0.0F;
   bool finite = true;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -159,6 +156,8 @@ void add_down(const ExpertShape& shape, const std::byte* group, const std::int32
   const __m512i start = _mm512_set1_epi32(-8 * total);
   const __m512 scales = _mm512_set1_ps(scale);
   for (std::int64_t c = 0; c < shape.padded() / 128; ++c) {
+    fetch.outputs(128 * c);
+    fetch.outputs(128 * c + 64);
     __m512i low[8];
     __m512i high[8];
     for (int j = 0; j < 8; ++j) {
@@ -237,17 +236,14 @@ std::int64_t avx512_neurons(const ExpertShape& shape, const std::byte* expert, s
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
   return walk_active_neurons(
       shape, expert, group_begin, group_end, gate,
-      [&](const std::byte* group, std::int32_t n)
-          __attribute__((always_inline)) { prefetch_neuron(shape, group, n); },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<2>(shape, groups, ids, planes, dots);
       },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<1>(shape, groups, ids, planes, dots);
       },
-      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count) {
-        add_down(shape, group, ids, hidden, count, out);
-      });
+      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count,
+          NeuronFetch& fetch) { add_down(shape, group, ids, hidden, count, fetch, out); });
 }
 
 }  // namespace smallthinker

@@ -186,15 +186,6 @@ SMALLTHINKER_INLINE void quantise_column(const ExpertShape& shape, const std::by
   column.start = -8 * total;
 }
 
-SMALLTHINKER_INLINE void prefetch_neuron(const ExpertShape& shape, const std::byte* group, std::int64_t n) {
-  const std::byte* at = group + shape.up_nibbles(n);
-  const std::size_t bytes = 2 * shape.half_bytes();
-  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-  const std::byte* scales = group + shape.up_scales(n);
-  const std::size_t scale_bytes = shape.scales_bytes() / kNeuronGroup;
-  for (std::size_t i = 0; i < scale_bytes; i += 64) __builtin_prefetch(scales + i, 0, 2);
-}
-
 // Dot products of R up rows with x; a register holds 4 of the 16 blocks of a run.
 template <typename Dot, int R>
 SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* const* groups,
@@ -238,10 +229,11 @@ SMALLTHINKER_INLINE void up_rows(const ExpertShape& shape, const std::byte* cons
 // out += sum over the `count` listed neurons of one group of hidden[i] * down column.
 template <typename Dot>
 void add_down(const ExpertShape& shape, const std::byte* group, const std::int32_t* ids, const float* hidden,
-              std::int64_t count, float* out) {
+              std::int64_t count, NeuronFetch& fetch, float* out) {
   Column column;
   quantise_column(shape, group, ids, hidden, count, column);
   for (std::int64_t at = 0; at < shape.padded() / 2; at += 16) {
+    if (at % 32 == 0) fetch.outputs(2 * at);
     int32x4_t sums[4][2];
     for (auto& word : sums) word[0] = word[1] = vdupq_n_s32(column.start);
     Dot::columns(column, at, sums);
@@ -263,17 +255,14 @@ std::int64_t neurons(const ExpertShape& shape, const std::byte* expert, std::int
   const Planes planes{x.plane_row(token), Planes::blocks(shape.hidden)};
   return walk_active_neurons(
       shape, expert, group_begin, group_end, gate,
-      [&](const std::byte* group, std::int32_t n)
-          __attribute__((always_inline)) { prefetch_neuron(shape, group, n); },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<Dot, 2>(shape, groups, ids, planes, dots);
       },
       [&](const std::byte* const* groups, const std::int32_t* ids, float* dots) {
         up_rows<Dot, 1>(shape, groups, ids, planes, dots);
       },
-      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count) {
-        add_down<Dot>(shape, group, ids, hidden, count, out);
-      });
+      [&](const std::byte* group, const std::int32_t* ids, const float* hidden, std::int64_t count,
+          NeuronFetch& fetch) { add_down<Dot>(shape, group, ids, hidden, count, fetch, out); });
 }
 
 }  // namespace smallthinker::neon
