@@ -7,12 +7,14 @@
 
 #include <cstdint>
 
+#include "head_groups.hpp"
 #include "kernels.hpp"
 
 namespace smallthinker {
 namespace {  // a copy per kernel file: each is compiled for other instructions
 
 constexpr std::int64_t kWordBytes = kKeyTile * kQ8Word;
+constexpr std::int64_t kTilesTogether = 4;
 constexpr std::int64_t kMostDotDims = 256;  // of a query in bytes; longer ones go through plain code
 
 // Queries in the two signed bytes of 16 bits, q = 256 * high + low, word by word.
@@ -76,6 +78,7 @@ void q8_dot_group(const ByteQueries<G>& queries, std::int64_t head_dim, const Kv
       }
       const std::byte* row = block + kKeyTile * 2;
       for (std::int64_t w = 0; w < words; ++w, row += kWordBytes) {
+        __builtin_prefetch(row + Q8Tile::bytes(head_dim), 0, 3);
         typename Isa::Int key[kParts];
         for (int p = 0; p < kParts; ++p) key[p] = Isa::key_words(row + p * Isa::kLanes * kQ8Word);
         for (int g = 0; g < G; ++g) {
@@ -108,20 +111,10 @@ void q8_dot_scores(const float* q, std::int64_t groups, std::int64_t head_dim, c
                    float factor, float* scores, std::int64_t stride, const Quantise& quantise) {
   if (head_dim > kMostDotDims)
     return reference_attention_scores(q, groups, head_dim, keys, factor, scores, stride);
-  constexpr int kMost = Isa::kDotGroups;
-  std::int64_t g = 0;
-  for (; g + kMost <= groups; g += kMost) {
-    const ByteQueries<kMost> queries(q + g * head_dim, head_dim, quantise);
-    q8_dot_group<Isa, kMost>(queries, head_dim, keys, factor, scores + g * stride, stride);
-  }
-  for (; g + 2 <= groups; g += 2) {
-    const ByteQueries<2> queries(q + g * head_dim, head_dim, quantise);
-    q8_dot_group<Isa, 2>(queries, head_dim, keys, factor, scores + g * stride, stride);
-  }
-  for (; g < groups; ++g) {
-    const ByteQueries<1> queries(q + g * head_dim, head_dim, quantise);
-    q8_dot_group<Isa, 1>(queries, head_dim, keys, factor, scores + g * stride, stride);
-  }
+  each_head_group<Isa::kDotGroups>(groups, [&](auto size, std::int64_t g) {
+    const ByteQueries<size> queries(q + g * head_dim, head_dim, quantise);
+    q8_dot_group<Isa, size>(queries, head_dim, keys, factor, scores + g * stride, stride);
+  });
 }
 
 template <typename Isa, int G, int T>
@@ -181,14 +174,9 @@ void q8_score_group(const float* q, std::int64_t head_dim, const KvRows& keys, f
 template <typename Isa>
 void q8_scores(const float* q, std::int64_t groups, std::int64_t head_dim, const KvRows& keys, float factor,
                float* scores, std::int64_t stride) {
-  constexpr int kMost = Isa::kGroups;
-  std::int64_t g = 0;
-  for (; g + kMost <= groups; g += kMost)
-    q8_score_group<Isa, kMost>(q + g * head_dim, head_dim, keys, factor, scores + g * stride, stride);
-  for (; g + 2 <= groups; g += 2)
-    q8_score_group<Isa, 2>(q + g * head_dim, head_dim, keys, factor, scores + g * stride, stride);
-  for (; g < groups; ++g)
-    q8_score_group<Isa, 1>(q + g * head_dim, head_dim, keys, factor, scores + g * stride, stride);
+  each_head_group<Isa::kGroups>(groups, [&](auto size, std::int64_t g) {
+    q8_score_group<Isa, size>(q + g * head_dim, head_dim, keys, factor, scores + g * stride, stride);
+  });
 }
 
 // `work(row, scales, j)` for every value: its bytes, the scales of its blocks, its number.
@@ -218,6 +206,7 @@ SMALLTHINKER_INLINE void q8_value_columns(const float* weights, std::int64_t wei
   q8_each_value(values, head_dim,
                 [&](const std::byte* row, const std::byte* scales, std::int64_t j)
                     __attribute__((always_inline)) {
+                      __builtin_prefetch(row + column + kTilesTogether * Q8Tile::bytes(head_dim), 0, 3);
                       Vec value[V];
                       for (int v = 0; v < V; ++v) {
                         const std::int64_t at = column + v * Isa::kLanes;
@@ -235,7 +224,7 @@ SMALLTHINKER_INLINE void q8_value_columns(const float* weights, std::int64_t wei
 }
 
 template <typename Isa, int G>
-void q8_value_group(const float* weights, std::int64_t weight_stride, std::int64_t head_dim,
+void q8_value_block(const float* weights, std::int64_t weight_stride, std::int64_t head_dim,
                     const KvRows& values, float* out) {
   constexpr int kPanel = Isa::kPanel * Isa::kLanes;
   std::int64_t i = 0;
@@ -255,17 +244,25 @@ void q8_value_group(const float* weights, std::int64_t weight_stride, std::int64
   }
 }
 
+// Some tiles at a time, so that all their columns are read before they leave the first cache.
+template <typename Isa, int G>
+void q8_value_group(const float* weights, std::int64_t weight_stride, std::int64_t head_dim,
+                    const KvRows& values, float* out) {
+  KvRows block = values;
+  for (std::int64_t j = 0; j < values.count; j += block.count, block.first = 0) {
+    block.count = kTilesTogether * kKeyTile - block.first;
+    if (block.count > values.count - j) block.count = values.count - j;
+    q8_value_block<Isa, G>(weights + j, weight_stride, head_dim, block, out);
+    block.data = static_cast<const std::byte*>(block.data) + kTilesTogether * Q8Tile::bytes(head_dim);
+  }
+}
+
 template <typename Isa>
 void q8_values(const float* weights, std::int64_t stride, std::int64_t groups, std::int64_t head_dim,
                const KvRows& values, float* out) {
-  constexpr int kMost = Isa::kGroups;
-  std::int64_t g = 0;
-  for (; g + kMost <= groups; g += kMost)
-    q8_value_group<Isa, kMost>(weights + g * stride, stride, head_dim, values, out + g * head_dim);
-  for (; g + 2 <= groups; g += 2)
-    q8_value_group<Isa, 2>(weights + g * stride, stride, head_dim, values, out + g * head_dim);
-  for (; g < groups; ++g)
-    q8_value_group<Isa, 1>(weights + g * stride, stride, head_dim, values, out + g * head_dim);
+  each_head_group<Isa::kGroups>(groups, [&](auto size, std::int64_t g) {
+    q8_value_group<Isa, size>(weights + g * stride, stride, head_dim, values, out + g * head_dim);
+  });
 }
 
 }  // namespace

@@ -323,6 +323,9 @@ void to_half(const float* x, std::int64_t size, std::uint16_t* out) {
 // ---- attention
 // --------------------------------------------------------------------------------------------------
 
+constexpr int kMostHeads = 6;               // whose sums fit the registers
+constexpr std::int64_t kRowsTogether = 32;  // of values, whose columns are then all read from the first cache
+
 template <typename Row, int G>
 SMALLTHINKER_INLINE void score_group(const float* q, std::int64_t head_dim, const std::byte* keys,
                                      std::int64_t tiles, float factor, float* scores, std::int64_t stride) {
@@ -333,6 +336,7 @@ SMALLTHINKER_INLINE void score_group(const float* q, std::int64_t head_dim, cons
     __m256 second[G];
     for (int g = 0; g < G; ++g) first[g] = second[g] = _mm256_setzero_ps();
     for (std::int64_t i = 0; i < head_dim; ++i, tile += kKeyTile * Row::kBytes) {
+      __builtin_prefetch(tile + head_dim * kKeyTile * Row::kBytes, 0, 3);
       const __m256 a = Row::eight(tile);
       const __m256 b = Row::eight(tile + 8 * Row::kBytes);
       for (int g = 0; g < G; ++g) {
@@ -351,16 +355,10 @@ SMALLTHINKER_INLINE void score_group(const float* q, std::int64_t head_dim, cons
 template <typename Row>
 void score_rows(const float* q, std::int64_t groups, std::int64_t head_dim, const KvRows& keys, float factor,
                 float* scores, std::int64_t stride) {
-  const auto* data = static_cast<const std::byte*>(keys.data);
-  std::int64_t g = 0;
-  for (; g + 4 <= groups; g += 4) {
-    score_group<Row, 4>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
-  }
-  for (; g + 2 <= groups; g += 2) {
-    score_group<Row, 2>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
-  }
-  if (g < groups)
-    score_group<Row, 1>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
+  each_head_group<kMostHeads>(groups, [&](auto size, std::int64_t g) {
+    score_group<Row, size>(q + g * head_dim, head_dim, static_cast<const std::byte*>(keys.data), keys.count,
+                           factor, scores + g * stride, stride);
+  });
 }
 
 struct Bytes {
@@ -408,6 +406,7 @@ SMALLTHINKER_INLINE void value_group(const float* weights, std::int64_t weight_s
     }
     for (std::int64_t j = 0; j < count; ++j) {
       const std::byte* row = values + (j * head_dim + i) * Row::kBytes;
+      __builtin_prefetch(row + kRowsTogether * head_dim * Row::kBytes, 0, 3);
       const __m256 a = Row::eight(row);
       const __m256 b = Row::eight(row + 8 * Row::kBytes);
       for (int g = 0; g < G; ++g) {
@@ -437,14 +436,12 @@ template <typename Row>
 void value_rows(const float* weights, std::int64_t weight_stride, std::int64_t groups, std::int64_t head_dim,
                 const KvRows& values, float* out) {
   const auto* data = static_cast<const std::byte*>(values.data);
-  std::int64_t g = 0;
-  for (; g + 4 <= groups; g += 4) {
-    value_group<Row, 4>(weights + g * weight_stride, weight_stride, head_dim, data, values.count,
-                        out + g * head_dim);
-  }
-  for (; g < groups; ++g) {
-    value_group<Row, 1>(weights + g * weight_stride, weight_stride, head_dim, data, values.count,
-                        out + g * head_dim);
+  for (std::int64_t j = 0; j < values.count; j += kRowsTogether) {
+    const std::int64_t rows = values.count - j < kRowsTogether ? values.count - j : kRowsTogether;
+    each_head_group<kMostHeads>(groups, [&](auto size, std::int64_t g) {
+      value_group<Row, size>(weights + g * weight_stride + j, weight_stride, head_dim,
+                             data + j * head_dim * Row::kBytes, rows, out + g * head_dim);
+    });
   }
 }
 

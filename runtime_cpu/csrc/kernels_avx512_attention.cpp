@@ -24,6 +24,13 @@ struct Single {
   static SMALLTHINKER_INLINE float one(const std::byte* at) { return load<float>(at); }
 };
 
+constexpr int kMostHeads = 7;
+constexpr std::int64_t kRowsTogether = 64;  // of values, whose columns are then all read from the first cache
+
+SMALLTHINKER_INLINE void fetch(const std::byte* at) {
+  _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0);
+}
+
 template <typename Element, int G, int T>
 SMALLTHINKER_INLINE void score_tiles(const float* q, std::int64_t head_dim, const std::byte* keys,
                                      float factor, float* scores, std::int64_t stride) {
@@ -33,6 +40,7 @@ SMALLTHINKER_INLINE void score_tiles(const float* q, std::int64_t head_dim, cons
     for (__m512& sum : tile) sum = _mm512_setzero_ps();
   }
   for (std::int64_t i = 0; i < head_dim; ++i) {
+    for (int t = 0; t < T; ++t) fetch(keys + (T + t) * tile_bytes + i * kKeyTile * Element::kBytes);
     __m512 key[T];
     for (int t = 0; t < T; ++t)
       key[t] = Element::load16(keys + t * tile_bytes + i * kKeyTile * Element::kBytes);
@@ -72,6 +80,7 @@ SMALLTHINKER_INLINE void value_columns(const float* weights, std::int64_t weight
   }
   for (std::int64_t j = 0; j < count; ++j, values += head_dim * Element::kBytes) {
     __m512 row[V];
+    for (int v = 0; v < V; v += 2) fetch(values + (kRowsTogether * head_dim + 16 * v) * Element::kBytes);
     for (int v = 0; v < V; ++v) row[v] = Element::load16(values + 16 * v * Element::kBytes);
     for (int g = 0; g < G; ++g) {
       const __m512 weight = _mm512_set1_ps(weights[g * weight_stride + j]);
@@ -86,11 +95,15 @@ SMALLTHINKER_INLINE void value_columns(const float* weights, std::int64_t weight
 template <typename Element, int G>
 void value_group(const float* weights, std::int64_t weight_stride, std::int64_t head_dim,
                  const KvRows& values, float* out) {
+  constexpr std::int64_t kPanel = G <= 6 ? 64 : 32;  // G * kPanel / 16 sums have to fit the registers
   const auto* data = static_cast<const std::byte*>(values.data);
   std::int64_t i = 0;
-  for (; i + 64 <= head_dim; i += 64) {
-    value_columns<Element, G, 4>(weights, weight_stride, head_dim, data + i * Element::kBytes, values.count,
-                                 out + i);
+  for (std::int64_t j = 0; j < values.count; j += kRowsTogether) {
+    const std::int64_t rows = values.count - j < kRowsTogether ? values.count - j : kRowsTogether;
+    for (i = 0; i + kPanel <= head_dim; i += kPanel) {
+      value_columns<Element, G, kPanel / 16>(weights + j, weight_stride, head_dim,
+                                             data + (j * head_dim + i) * Element::kBytes, rows, out + i);
+    }
   }
   for (; i + 16 <= head_dim; i += 16) {
     value_columns<Element, G, 1>(weights, weight_stride, head_dim, data + i * Element::kBytes, values.count,
@@ -111,25 +124,17 @@ void value_group(const float* weights, std::int64_t weight_stride, std::int64_t 
 template <typename Element>
 void scores_of(const float* q, std::int64_t groups, std::int64_t head_dim, const KvRows& keys, float factor,
                float* scores, std::int64_t stride) {
-  std::int64_t g = 0;
-  const auto at = [&] { return scores + g * stride; };
-  for (; g + 6 <= groups; g += 6)
-    score_group<Element, 6>(q + g * head_dim, head_dim, keys, factor, at(), stride);
-  for (; g + 3 <= groups; g += 3)
-    score_group<Element, 3>(q + g * head_dim, head_dim, keys, factor, at(), stride);
-  for (; g < groups; ++g) score_group<Element, 1>(q + g * head_dim, head_dim, keys, factor, at(), stride);
+  each_head_group<kMostHeads>(groups, [&](auto size, std::int64_t g) {
+    score_group<Element, size>(q + g * head_dim, head_dim, keys, factor, scores + g * stride, stride);
+  });
 }
 
 template <typename Element>
 void values_of(const float* weights, std::int64_t stride, std::int64_t groups, std::int64_t head_dim,
                const KvRows& values, float* out) {
-  std::int64_t g = 0;
-  const auto from = [&] { return weights + g * stride; };
-  for (; g + 6 <= groups; g += 6)
-    value_group<Element, 6>(from(), stride, head_dim, values, out + g * head_dim);
-  for (; g + 3 <= groups; g += 3)
-    value_group<Element, 3>(from(), stride, head_dim, values, out + g * head_dim);
-  for (; g < groups; ++g) value_group<Element, 1>(from(), stride, head_dim, values, out + g * head_dim);
+  each_head_group<kMostHeads>(groups, [&](auto size, std::int64_t g) {
+    value_group<Element, size>(weights + g * stride, stride, head_dim, values, out + g * head_dim);
+  });
 }
 
 struct Bytes {
@@ -137,7 +142,7 @@ struct Bytes {
   using Int = __m512i;
   static constexpr int kLanes = 16;
   static constexpr int kGroups = 6;
-  static constexpr int kDotGroups = 6;
+  static constexpr int kDotGroups = 7;
   static constexpr bool kUnsigned = true;
   static constexpr int kPanel = 4;
   static SMALLTHINKER_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
