@@ -35,56 +35,87 @@ SMALLTHINKER_INLINE __m512 join(__m512i low, __m512i high) {
 // The processor's own prefetcher does not run far enough ahead of so many products.
 constexpr std::int64_t kPairsAhead = 8;
 
-template <int N>
-void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
-                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
-  const std::int64_t pairs = matrix.pairs();
-  Planes planes[N];
-  for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
-  const std::byte* pair = matrix.data + static_cast<std::size_t>(tile_begin) * matrix.tile_bytes();
-  const std::byte* const last =
-      matrix.data + static_cast<std::size_t>(tile_end) * matrix.tile_bytes() - kTilePairBytes;
-  for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    __m512 sums[N];
-    for (int n = 0; n < N; ++n) sums[n] = _mm512_setzero_ps();
-    for (std::int64_t p = 0; p < pairs; ++p, pair += kTilePairBytes) {
-      const std::byte* ahead =
-          pair + kPairsAhead * kTilePairBytes < last ? pair + kPairsAhead * kTilePairBytes : last;
+// N tokens with T tiles at a time, which share the loads of their activations.
+template <int N, int T>
+SMALLTHINKER_INLINE void some_tiles(const TileMatrix& matrix, std::int64_t tile, std::int64_t tile_begin,
+                                    const std::byte* last, const Planes* planes, float* out,
+                                    std::int64_t out_stride) {
+  const auto tile_bytes = static_cast<std::int64_t>(matrix.tile_bytes());
+  const std::byte* pair = matrix.data + tile * tile_bytes;
+  __m512 sums[T][N];
+  for (auto& tokens : sums) {
+    for (__m512& sum : tokens) sum = _mm512_setzero_ps();
+  }
+  for (std::int64_t p = 0; p < matrix.pairs(); ++p, pair += kTilePairBytes) {
+    for (int t = 0; t < T; ++t) {
+      // A tile's last pairs are followed by those of the tile T further.
+      const std::byte* ahead = pair + t * tile_bytes + kPairsAhead * kTilePairBytes;
+      if (p + kPairsAhead >= matrix.pairs()) ahead += (T - 1) * tile_bytes;
+      ahead = ahead < last ? ahead : last;
       for (std::int64_t i = 0; i < kTilePairBytes; i += 64)
         _mm_prefetch(reinterpret_cast<const char*>(ahead + i), _MM_HINT_T0);
-      for (std::int64_t z = 0; z < 2; ++z) {
-        const std::int64_t b = 2 * p + z;
-        __m512i low[N];
-        __m512i high[N];
-        for (int n = 0; n < N; ++n) {
-          low[n] = _mm512_set1_epi32(planes[n].offsets()[b]);
-          high[n] = _mm512_setzero_si512();
+    }
+    for (std::int64_t z = 0; z < 2; ++z) {
+      const std::int64_t b = 2 * p + z;
+      __m512i low[T][N];
+      __m512i high[T][N];
+      for (int n = 0; n < N; ++n) {
+        for (int t = 0; t < T; ++t) {
+          low[t][n] = _mm512_set1_epi32(planes[n].offsets()[b]);
+          high[t][n] = _mm512_setzero_si512();
         }
-        for (int j = 0; j < 4; ++j) {
-          const __m512i bytes = load512(pair + z * 256 + j * 64);
-          const __m512i first = low_nibbles(bytes);
-          const __m512i second = high_nibbles(bytes);
-          for (int n = 0; n < N; ++n) {
-            const std::int8_t* at = planes[n].natural() + b * 64 + j * 4;
-            high[n] = _mm512_dpbusd_epi32(high[n], first, word(at));
-            high[n] = _mm512_dpbusd_epi32(high[n], second, word(at + 16));
-            low[n] = _mm512_dpbusd_epi32(low[n], first, word(at + 32));
-            low[n] = _mm512_dpbusd_epi32(low[n], second, word(at + 48));
+      }
+      for (int j = 0; j < 4; ++j) {
+        __m512i first[T];
+        __m512i second[T];
+        for (int t = 0; t < T; ++t) {
+          const __m512i bytes = load512(pair + t * tile_bytes + z * 256 + j * 64);
+          first[t] = low_nibbles(bytes);
+          second[t] = high_nibbles(bytes);
+        }
+        for (int n = 0; n < N; ++n) {
+          const std::int8_t* at = planes[n].natural() + b * 64 + j * 4;
+          const __m512i words[4] = {word(at), word(at + 16), word(at + 32), word(at + 48)};
+          for (int t = 0; t < T; ++t) {
+            high[t][n] = _mm512_dpbusd_epi32(high[t][n], first[t], words[0]);
+            high[t][n] = _mm512_dpbusd_epi32(high[t][n], second[t], words[1]);
+            low[t][n] = _mm512_dpbusd_epi32(low[t][n], first[t], words[2]);
+            low[t][n] = _mm512_dpbusd_epi32(low[t][n], second[t], words[3]);
           }
         }
-        const __m512 scales = load_halves(pair + 512 + z * 32);
+      }
+      for (int t = 0; t < T; ++t) {
+        const __m512 scales = load_halves(pair + t * tile_bytes + 512 + z * 32);
         for (int n = 0; n < N; ++n) {
           const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(planes[n].scales()[b]), scales);
-          sums[n] = _mm512_fmadd_ps(join(low[n], high[n]), scale, sums[n]);
+          sums[t][n] = _mm512_fmadd_ps(join(low[t][n], high[t][n]), scale, sums[t][n]);
         }
       }
     }
-    const std::int64_t left = matrix.rows - tile * kTileRows;
+  }
+  for (int t = 0; t < T; ++t) {
+    const std::int64_t left = matrix.rows - (tile + t) * kTileRows;
     const auto mask = static_cast<__mmask16>(left >= kTileRows ? 0xFFFF : (1 << left) - 1);
     for (int n = 0; n < N; ++n) {
-      _mm512_mask_storeu_ps(out + (token + n) * out_stride + (tile - tile_begin) * kTileRows, mask, sums[n]);
+      _mm512_mask_storeu_ps(out + n * out_stride + (tile + t - tile_begin) * kTileRows, mask, sums[t][n]);
     }
   }
+}
+
+template <int N>
+void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+  // One token waits for memory, which likes a single stream best; several wait for the loads of activations.
+  constexpr int kTogether = N == 1 ? 1 : 2;
+  Planes planes[N];
+  for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
+  const std::byte* const last =
+      matrix.data + static_cast<std::size_t>(tile_end) * matrix.tile_bytes() - kTilePairBytes;
+  out += token * out_stride;
+  std::int64_t tile = tile_begin;
+  for (; tile + kTogether <= tile_end; tile += kTogether)
+    some_tiles<N, kTogether>(matrix, tile, tile_begin, last, planes, out, out_stride);
+  for (; tile < tile_end; ++tile) some_tiles<N, 1>(matrix, tile, tile_begin, last, planes, out, out_stride);
 }
 
 // Dot products of R up rows with x.
@@ -224,7 +255,6 @@ void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_
 void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride) {
   std::int64_t t = 0;
-  for (; t + 8 <= tokens; t += 8) tile_tokens<8>(matrix, tile_begin, tile_end, x, t, out, out_stride);
   for (; t + 4 <= tokens; t += 4) tile_tokens<4>(matrix, tile_begin, tile_end, x, t, out, out_stride);
   for (; t + 2 <= tokens; t += 2) tile_tokens<2>(matrix, tile_begin, tile_end, x, t, out, out_stride);
   if (t < tokens) tile_tokens<1>(matrix, tile_begin, tile_end, x, t, out, out_stride);
