@@ -55,6 +55,9 @@ SMALLTHINKER_INLINE void store_rows(float* out, std::int64_t left, __m256 values
   for (std::int64_t i = 0; i < left; ++i) out[i] = lanes[i];
 }
 
+// The processor's own prefetcher does not run far enough ahead of so many products.
+constexpr std::int64_t kPairsAhead = 8;
+
 // N tokens with H times 8 rows of each tile at a time.
 template <int N, int H>
 void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
@@ -63,6 +66,8 @@ void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t
   Planes planes[N];
   for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
   const std::byte* begin = matrix.data + static_cast<std::size_t>(tile_begin) * matrix.tile_bytes();
+  const std::byte* const last =
+      matrix.data + static_cast<std::size_t>(tile_end) * matrix.tile_bytes() - kTilePairBytes;
   for (std::int64_t tile = tile_begin; tile < tile_end; ++tile, begin += matrix.tile_bytes()) {
     for (int first_half = 0; first_half < 2; first_half += H) {
       const std::byte* pair = begin;
@@ -71,6 +76,9 @@ void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t
         for (__m256& sum : token_sums) sum = _mm256_setzero_ps();
       }
       for (std::int64_t p = 0; p < pairs; ++p, pair += kTilePairBytes) {
+        const std::byte* ahead = pair + kPairsAhead * kTilePairBytes;
+        if (ahead > last) ahead = last;
+        for (std::int64_t i = 0; i < kTilePairBytes; i += 64) __builtin_prefetch(ahead + i, 0, 3);
         for (std::int64_t z = 0; z < 2; ++z) {
           const std::int64_t b = 2 * p + z;
           __m256i low[N][H];
