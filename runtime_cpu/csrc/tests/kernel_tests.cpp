@@ -2,6 +2,7 @@
 // type.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -313,6 +314,18 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
   part = {static_cast<const std::byte*>(values.data) + skipped, type, count - part.count, next % kKeyTile};
   kernels.attention_values(expected.data() + count / 3, stride, groups, dim, part, cut.data());
   CHECK(cut == out, "%s attention_values in two calls", kernels.name);
+  // Head by head: the same bits, or results would depend on how threads share the heads.
+  std::vector<float> alone(static_cast<std::size_t>(stride));
+  for (std::int64_t g = 0; g < groups; ++g) {
+    kernels.attention_scores(q.data() + g * dim, 1, dim, keys, 0.25F, alone.data(), stride);
+    CHECK(std::memcmp(alone.data(), got.data() + g * stride,
+                      static_cast<std::size_t>(tiles * kKeyTile) * sizeof(float)) == 0,
+          "%s attention_scores of head %d alone", kernels.name, static_cast<int>(g));
+    std::vector<float> row(q.begin() + g * dim, q.begin() + (g + 1) * dim);
+    kernels.attention_values(expected.data() + g * stride, stride, 1, dim, values, row.data());
+    CHECK(std::memcmp(row.data(), out.data() + g * dim, static_cast<std::size_t>(dim) * sizeof(float)) == 0,
+          "%s attention_values of head %d alone", kernels.name, static_cast<int>(g));
+  }
 }
 
 }  // namespace
@@ -358,9 +371,9 @@ void test_kernels() {
     for (const std::int64_t size : {1, 5, 16, 31, 63, 64, 65, 200, 1027, 4096}) {
       test_logits(*kernels, size, random);
     }
-    for (const std::int64_t groups : {1, 2, 3, 6, 7}) {
+    for (const std::int64_t groups : {1, 2, 3, 5, 6, 7, 13}) {
       for (const std::int64_t dim : {2, 8, 16, 24, 32, 80, 98, 128, 288}) {
-        for (const std::int64_t count : {0, 1, 3, 41, 64}) {
+        for (const std::int64_t count : {0, 1, 3, 41, 150}) {
           for (const KvType type : {KvType::kF32, KvType::kF16, KvType::kQ8})
             test_attention(*kernels, groups, dim, count, type, random);
         }
