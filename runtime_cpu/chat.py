@@ -15,7 +15,7 @@ from typing import TextIO
 from runtime_cpu import Engine, EngineError
 from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
 from runtime_cpu.generation import Stats
-from runtime_cpu.head import HEADS
+from runtime_cpu.head_predictor import HEADS
 from runtime_cpu.memory import format_bytes
 from runtime_cpu.options import add_kv_option
 from runtime_cpu.tokenizer import TokenizerError

@@ -34,7 +34,7 @@ from runtime_cpu import _core
 from runtime_cpu.batching import Batcher
 from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
-from runtime_cpu.head import HeadPredictorInfo, choose_head
+from runtime_cpu.head_predictor import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
 from runtime_cpu.memory import MemoryPlan, parse_bytes, release_free_memory
 from runtime_cpu.peak_memory import peak_resident_bytes

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from runtime_cpu.checkpoint_files import CheckpointError, StoredTensor, WeightFile, read_json
 from runtime_cpu.gguf_writer import GGUFWriter, TensorInfo, Value
+from runtime_cpu.head_import import ImportedPredictor
 from runtime_cpu.huggingface_config import EMBEDDING, HEAD, ConfigReader, FolderConfig, FolderTensor
 from runtime_cpu.huggingface_vocabulary import read_vocabulary
 from runtime_cpu.quantiser import STORAGE, WeightError, encode
@@ -93,9 +94,17 @@ class HuggingFaceFolder:
     ) -> None:
         self.close()
 
-    def infos(self, kind: str) -> list[TensorInfo]:
-        """The tensors of a file of type ``kind``, a key of :data:`WEIGHT_TYPES`."""
-        return [tensor.info(WEIGHT_TYPES[kind][0]) for tensor in self.config.tensors()]
+    def infos(self, kind: str, predictor: ImportedPredictor | None = None) -> list[TensorInfo]:
+        """The tensors of a file of type ``kind``, a key of :data:`WEIGHT_TYPES`.
+
+        Raises:
+            CheckpointError: the predictor is another model's.
+        """
+        infos = [tensor.info(WEIGHT_TYPES[kind][0]) for tensor in self.config.tensors()]
+        if predictor is None:
+            return infos
+        predictor.check_model(str(self.path), self.config.hidden_size, self.config.vocab_size)
+        return infos + predictor.infos()
 
     def write(
         self,
@@ -103,6 +112,7 @@ class HuggingFaceFolder:
         kind: str,
         threads: int = 1,
         advance: Callable[[int], None] | None = None,
+        predictor: ImportedPredictor | None = None,
     ) -> None:
         """Write a stock GGUF file; it appears by a rename when all of it is on the disk.
 
@@ -110,21 +120,28 @@ class HuggingFaceFolder:
             kind: a key of :data:`WEIGHT_TYPES`.
             threads: converting threads; each holds some 30 MiB.
             advance: called with the number of bytes of weights that were converted, for a progress bar.
+            predictor: of the head's rows, to go into the file.
 
         Raises:
-            CheckpointError: a weight is not finite or too large for ``kind``, or a file became shorter.
+            CheckpointError: a weight is not finite or too large for ``kind``, a file became shorter, or the predictor
+                is another model's.
             OSError: a file cannot be read or written.
         """
         self.check_tied()
         metadata = {**self.config.metadata(self.name, WEIGHT_TYPES[kind][1]), **self.vocabulary}
-        infos = self.infos(kind)
+        infos = self.infos(kind, predictor)
+        if predictor is not None:
+            metadata |= predictor.metadata()
         with (
             GGUFWriter(target, metadata, infos) as writer,
             ThreadPoolExecutor(threads, "convert") as pool,
         ):
             try:
-                for tensor, info in zip(self.config.tensors(), infos, strict=True):
+                for tensor, info in zip(self.config.tensors(), infos, strict=predictor is None):
                     writer.write(info.name, self._converted(tensor, info.type, pool, threads + 1, advance))
+                if predictor is not None:
+                    for info in predictor.infos():
+                        writer.write(info.name, predictor.data(info.name))
             finally:
                 pool.shutdown(cancel_futures=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime_cpu import _core, engine
-from runtime_cpu.head import HeadPredictorInfo
+from runtime_cpu.head_predictor import HeadPredictorInfo
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
 from runtime_cpu.planning import CHUNK_TOKENS, Planner
 from runtime_cpu.tokenizer import TokenType

@@ -8,6 +8,7 @@ copied as they are. ``--layout stock`` stops before packing: a plain GGUF file f
 
 With statistics (``--stats``: JSON with ``expert_counts`` [layers][experts], as ``Engine.stats.expert_counts`` has them)
 the most used experts of each layer come first, and an engine fills its cache with them while the prompt is read.
+``--head-predictor model_lm_head.pt`` adds the authors' predictor of output rows (``head_import.py``).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -30,6 +33,8 @@ from runtime_cpu import EngineError, _core
 from runtime_cpu.checkpoint_files import CheckpointError
 from runtime_cpu.engine import MAX_THREADS, model_file
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
+from runtime_cpu.head_import import DEFAULT_THRESHOLD, ImportedPredictor
+from runtime_cpu.head_import import FILE_NAME as PREDICTOR_NAME
 from runtime_cpu.huggingface import WEIGHT_TYPES, HuggingFaceFolder
 from runtime_cpu.memory import format_bytes
 
@@ -40,6 +45,7 @@ _ALIGNMENT = 4096
 _TILE_ROWS, _TILE_PAIR_BYTES = 16, 576
 _EXPERTS_AT_ONCE = 8
 _COPY_BYTES = 8 << 20
+_NO_ORDER = "statistics order the experts of a packed file; a stock file has no such order"
 _OWN_KEYS = ("general.alignment", f"{_PREFIX}vocab_size", f"{_PREFIX}expert_counts")
 
 
@@ -52,6 +58,7 @@ def pack(
     target: str | os.PathLike[str],
     expert_counts: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
+    predictor: ImportedPredictor | None = None,
 ) -> None:
     """Write the stock GGUF file ``source`` in the packed layout to ``target``.
 
@@ -61,19 +68,17 @@ def pack(
     Args:
         expert_counts: how often each expert was chosen, [layers][experts].
         threads: by default the cores that this process may use.
+        predictor: of the head's rows, to go into the file.
 
     Raises:
         PackError: ``source`` is packed already, has experts that are not Q4_0, or ``expert_counts`` has another shape.
+        CheckpointError: ``predictor`` is another model's, or damaged.
         ModelFileError: ``source`` is damaged or no SmallThinker model.
         OSError: a file cannot be read or written.
     """
-    source, target = model_file(source), Path(target)
-    if target.exists() and target.samefile(source):
-        raise PackError(f"{target} is the source itself; choose another name")
+    source, target = _different(source, target)
     threads = threads or _cores()
-    model = _core.Model.open(str(source))
-    if model.packed:
-        raise PackError(f"{source} is packed already")
+    model = _stock_model(source, predictor)
     tensors = {name: (kind, shape, offset, size) for name, kind, shape, offset, size in model.tensors()}
     others = sorted({kind for name, (kind, *_) in tensors.items() if "_exps." in name} - {"Q4_0"})
     if others:
@@ -90,25 +95,35 @@ def pack(
         keeps_rows = name == "token_embd.weight" and not model.tied_embeddings  # looked up, never multiplied
         if kind == "Q4_0" and len(shape) == 2 and not keeps_rows:
             tiled[name] = name.removesuffix(".weight")
-            pairs, tiles = (shape[0] // 32 + 1) // 2, -(-shape[1] // _TILE_ROWS)
-            infos.append(TensorInfo(f"{tiled[name]}.tiles", "I8", (pairs * _TILE_PAIR_BYTES, tiles)))
+            infos.append(_tiles_info(tiled[name], shape))
         else:
             infos.append(TensorInfo(name, kind, tuple(shape)))
     kept = [name for name in tensors if "_exps." not in name]
+    added: dict[str, tuple[TensorInfo, str | None]] = {}  # with the name of its data if that is packed
+    for info in predictor.infos() if predictor is not None else ():
+        stem = info.name.removesuffix(".weight")
+        if info.type == "Q4_0":
+            added[info.name] = _tiles_info(stem, info.shape), stem
+        else:
+            added[info.name] = info, None
+    infos += [info for info, _ in added.values()]
     infos += [
         TensorInfo(f"blk.{layer}.ffn_experts.packed", "I8", (model.expert_bytes, model.experts))
         for layer in range(model.layers)
     ]
     infos.append(TensorInfo("experts.checksums", "I8", (16, model.experts, model.layers)))
 
-    metadata = {key: value for key, value in model.metadata().items() if key not in _OWN_KEYS}
-    metadata = {key: _typed(value) for key, value in metadata.items()}
+    metadata = _metadata(model, _OWN_KEYS, predictor)
     metadata[f"{_PREFIX}packed.version"] = np.uint32(PACKED_VERSION)
     metadata[f"{_PREFIX}vocab_size"] = np.uint32(model.vocab_size)
     for name, stem in tiled.items():
         metadata[f"{_PREFIX}packed.checksum.{stem}"] = np.uint64(
             _core.checksum64(model.pack_tiles(name, threads))
         )
+    for name, (_, packed) in added.items():
+        if packed is not None:
+            sums = _core.checksum64(_predictor_tiles(predictor, name, threads))
+            metadata[f"{_PREFIX}packed.checksum.{packed}"] = np.uint64(sums)
     if expert_counts is not None:
         metadata[f"{_PREFIX}expert_counts"] = np.asarray(expert_counts, np.int64).ravel()
         metadata[f"{_PREFIX}packed.expert_order"] = order.ravel()
@@ -129,9 +144,33 @@ def pack(
             else:
                 _, _, offset, size = tensors[name]
                 writer.write(name, _copied(file, offset, size))
+        for name, (info, packed) in added.items():
+            assert predictor is not None
+            data = predictor.data(name) if packed is None else _predictor_tiles(predictor, name, threads)
+            writer.write(info.name, data)
         for layer in range(model.layers):
             writer.write(f"blk.{layer}.ffn_experts.packed", experts(layer))
         writer.write("experts.checksums", checksums.view(np.uint8).ravel())
+
+
+def add_predictor(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], predictor: ImportedPredictor
+) -> None:
+    """Write the stock GGUF file ``source`` with a predictor of the head's rows to ``target``; weights are copied.
+
+    Raises:
+        PackError, CheckpointError, ModelFileError, OSError: as :func:`pack`.
+    """
+    source, target = _different(source, target)
+    model = _stock_model(source, predictor)
+    tensors = model.tensors()
+    infos = [TensorInfo(name, kind, tuple(shape)) for name, kind, shape, _, _ in tensors]
+    metadata = _metadata(model, ("general.alignment",), predictor)
+    with source.open("rb") as file, GGUFWriter(target, metadata, infos + predictor.infos()) as writer:
+        for name, _, _, offset, size in tensors:
+            writer.write(name, _copied(file, offset, size))
+        for info in predictor.infos():
+            writer.write(info.name, predictor.data(info.name))
 
 
 def pack_folder(
@@ -142,6 +181,7 @@ def pack_folder(
     expert_counts: Sequence[Sequence[int]] | None = None,
     threads: int | None = None,
     advance: Callable[[int, int], None] | None = None,
+    predictor: ImportedPredictor | None = None,
 ) -> list[str]:
     """Write the Hugging Face folder ``source`` as one file; returns warnings about what that file lacks.
 
@@ -152,9 +192,10 @@ def pack_folder(
         layout: ``"packed"`` or ``"stock"``.
         expert_counts: as in :func:`pack`.
         advance: called with the bytes of weights that are converted and those that there are.
+        predictor: of the head's rows, to go into the file; one that lies in the folder is not taken unasked.
 
     Raises:
-        CheckpointError: the folder is damaged or no SmallThinker model.
+        CheckpointError: the folder is damaged or no SmallThinker model, or the predictor another model's.
         PackError: the arguments contradict each other or the model, or the disk has no room.
         OSError: a file cannot be read or written.
     """
@@ -165,7 +206,7 @@ def pack_folder(
     if target.is_dir():
         raise PackError(f"{target} is a folder; name the file to write")
     with HuggingFaceFolder(source) as folder:
-        infos = folder.infos(weight_type)
+        infos = folder.infos(weight_type, predictor)
         needed = sum(info.size_bytes for info in infos)
         if layout == "packed":
             others = sorted({info.type for info in infos if "_exps." in info.name} - {"Q4_0"})
@@ -181,7 +222,7 @@ def pack_folder(
             _order(expert_counts, folder.config.num_hidden_layers, folder.config.moe_num_primary_experts)
             needed *= 2
         elif expert_counts is not None:
-            raise PackError("statistics order the experts of a packed file; a stock file has no such order")
+            raise PackError(_NO_ORDER)
         free = shutil.disk_usage(target.parent).free
         if needed > free:
             raise PackError(
@@ -195,16 +236,58 @@ def pack_folder(
             if advance is not None:
                 advance(done, folder.weight_bytes)
 
+        unasked = folder.path / PREDICTOR_NAME
+        if predictor is None and unasked.is_file():
+            folder.warnings.append(
+                f"{unasked} predicts which rows of the head matter; it is left out, because it can lose tokens: "
+                f"--head-predictor {shlex.quote(str(unasked))} adds it, for engines that are asked to use it"
+            )
         if layout == "stock":
-            folder.write(target, weight_type, threads, report)
+            folder.write(target, weight_type, threads, report, predictor)
             return folder.warnings
         stock = target.with_name(f".{target.name}.stock")
         try:
-            folder.write(stock, weight_type, threads, report)
+            folder.write(stock, weight_type, threads, report, predictor)
             pack(stock, target, expert_counts, threads)
         finally:
             stock.unlink(missing_ok=True)
         return folder.warnings
+
+
+def _different(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> tuple[Path, Path]:
+    source, target = model_file(source), Path(target)
+    if target.exists() and target.samefile(source):
+        raise PackError(f"{target} is the source itself; choose another name")
+    return source, target
+
+
+def _stock_model(source: Path, predictor: ImportedPredictor | None) -> _core.Model:
+    model = _core.Model.open(str(source))
+    if model.packed:
+        raise PackError(f"{source} is packed already")
+    if predictor is not None:
+        if model.head_predictor is not None:
+            raise PackError(f"{source} has a predictor of its head's rows already")
+        predictor.check_model(str(source), model.hidden, model.vocab_size)
+    return model
+
+
+def _metadata(
+    model: _core.Model, without: Sequence[str], predictor: ImportedPredictor | None
+) -> dict[str, Any]:
+    metadata = {key: _typed(value) for key, value in model.metadata().items() if key not in without}
+    return metadata if predictor is None else metadata | predictor.metadata()
+
+
+def _tiles_info(stem: str, shape: Sequence[int]) -> TensorInfo:
+    pairs, tiles = (shape[0] // 32 + 1) // 2, -(-shape[1] // _TILE_ROWS)
+    return TensorInfo(f"{stem}.tiles", "I8", (pairs * _TILE_PAIR_BYTES, tiles))
+
+
+def _predictor_tiles(predictor: ImportedPredictor | None, name: str, threads: int) -> NDArray[np.uint8]:
+    assert predictor is not None
+    columns = next(info.shape[0] for info in predictor.infos() if info.name == name)
+    return _core.pack_rows(np.concatenate(list(predictor.data(name))), columns, threads)
 
 
 def _cores() -> int:
@@ -259,10 +342,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="packed", help="default: %(default)s")
     parser.add_argument("--stats", type=Path, help="JSON with expert_counts [layers][experts]")
     parser.add_argument("--threads", type=int, help="default: all allowed cores")
+    parser.add_argument(
+        "--head-predictor",
+        type=Path,
+        metavar="PT",
+        help=f"add the authors' predictor of output rows ({PREDICTOR_NAME}), for engines that are asked to use it; "
+        "a GGUF file then keeps its layout with --layout stock",
+    )
+    parser.add_argument(
+        "--head-threshold",
+        type=float,
+        help=f"rows with a greater score are computed (default: {DEFAULT_THRESHOLD:g})",
+    )
     options = parser.parse_args(arguments)
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        summary = _run(options)
+        with ExitStack() as stack:
+            summary = _run(options, _predictor(options, stack))
     except (OSError, EngineError, PackError, CheckpointError, GGUFWriteError) as error:
         _progress("")
         sys.stderr.write(f"error: {error}\n")
@@ -277,7 +373,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> str:
+def _predictor(options: argparse.Namespace, stack: ExitStack) -> ImportedPredictor | None:
+    if options.head_predictor is None:
+        if options.head_threshold is not None:
+            raise PackError("--head-threshold belongs to --head-predictor, which is missing")
+        return None
+    threshold = DEFAULT_THRESHOLD if options.head_threshold is None else options.head_threshold
+    return stack.enter_context(ImportedPredictor(options.head_predictor, threshold))
+
+
+def _run(options: argparse.Namespace, predictor: ImportedPredictor | None) -> str:
     counts = None
     if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
         raise PackError(f"--threads is {options.threads}; allowed is 1 to {MAX_THREADS}")
@@ -287,11 +392,17 @@ def _run(options: argparse.Namespace) -> str:
         except (ValueError, KeyError, TypeError) as error:
             raise PackError(f"{options.stats} holds no expert_counts: {error!r}") from error
     if not options.source.is_dir():
-        if options.type is not None or options.layout != "packed":
+        stock = options.layout == "stock"
+        if options.type is not None or (stock and predictor is None):
             raise PackError(
                 "--type and --layout stock are for Hugging Face folders; a GGUF file keeps its types"
             )
-        pack(options.source, options.target, counts, options.threads)
+        if stock and counts is not None:
+            raise PackError(_NO_ORDER)
+        if stock and predictor is not None:
+            add_predictor(options.source, options.target, predictor)
+        else:
+            pack(options.source, options.target, counts, options.threads, predictor)
         return f"{options.target}: {format_bytes(options.target.stat().st_size)}\n"
 
     started = time.perf_counter()
@@ -311,6 +422,7 @@ def _run(options: argparse.Namespace) -> str:
         counts,
         options.threads,
         advance,
+        predictor,
     )
     _progress("")
     for warning in warnings:

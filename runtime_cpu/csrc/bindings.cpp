@@ -179,6 +179,7 @@ st::RuntimeOptions options(int threads, std::int64_t context, const std::string&
 }
 
 using ByteArray = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
+using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 ByteArray new_bytes(std::size_t size, std::byte*& data) {
   data = new std::byte[size];
@@ -193,14 +194,7 @@ const st::Layer& layer_of(const PyModel& model, std::int64_t layer) {
   return model.model->layers[static_cast<std::size_t>(layer)];
 }
 
-// A Q4_0 matrix of a stock file in tiles.
-ByteArray pack_tiles(const PyModel& model, const std::string& name, int threads) {
-  const st::GgufTensor* tensor = model.model->file.find_tensor(name);
-  if (tensor == nullptr || tensor->type != st::Type::kQ4_0 || tensor->shape[2] != 1) {
-    throw st::EngineError("the file has no Q4_0 matrix '" + name + "'");
-  }
-  const st::Matrix matrix =
-      st::make_matrix(model.model->file.data(*tensor), tensor->type, tensor->shape[0], tensor->shape[1]);
+ByteArray tiles_of(const st::Matrix& matrix, int threads) {
   const st::TileMatrix tiled{nullptr, matrix.rows, matrix.cols};
   std::byte* data = nullptr;
   ByteArray result = new_bytes(tiled.bytes(), data);
@@ -209,8 +203,33 @@ ByteArray pack_tiles(const PyModel& model, const std::string& name, int threads)
   pool.run(tiled.tiles(), [&](std::int64_t tile, int) {
     st::pack_tiles(matrix, 0, tile, tile + 1, data + static_cast<std::size_t>(tile) * tiled.tile_bytes());
   });
+  return result;
+}
+
+// A Q4_0 matrix of a stock file in tiles.
+ByteArray pack_tiles(const PyModel& model, const std::string& name, int threads) {
+  const st::GgufTensor* tensor = model.model->file.find_tensor(name);
+  if (tensor == nullptr || tensor->type != st::Type::kQ4_0 || tensor->shape[2] != 1) {
+    throw st::EngineError("the file has no Q4_0 matrix '" + name + "'");
+  }
+  ByteArray result = tiles_of(
+      st::make_matrix(model.model->file.data(*tensor), tensor->type, tensor->shape[0], tensor->shape[1]),
+      threads);
   model.model->forget_pages();
   return result;
+}
+
+// Q4_0 rows that lie in no model file, in tiles.
+ByteArray pack_rows(const ConstBytes& rows, std::int64_t cols, int threads) {
+  const std::int64_t row_bytes = cols > 0 && cols % 32 == 0 ? cols / 32 * 18 : 0;
+  const auto size = static_cast<std::int64_t>(rows.shape(0));
+  if (row_bytes == 0 || size == 0 || size % row_bytes != 0) {
+    throw st::EngineError(std::to_string(size) + " bytes are no Q4_0 rows of " + std::to_string(cols) +
+                          " columns");
+  }
+  return tiles_of(st::make_matrix(reinterpret_cast<const std::byte*>(rows.data()), st::Type::kQ4_0, cols,
+                                  size / row_bytes),
+                  threads);
 }
 
 // Experts `ids` of a layer of a stock file, one after the other, and the checksums of their two parts.
@@ -246,8 +265,6 @@ nb::tuple pack_experts(const PyModel& model, std::int64_t layer, const std::vect
   }
   return nb::make_tuple(result, sums);
 }
-
-using ConstBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 nb::dict expert_counters(const PyRuntime& self) {
   nb::dict result;
@@ -329,6 +346,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("expert_bytes", [](const PyModel& s) { return s.model->expert_shape().bytes(); })
       .def("pack_tiles", &pack_tiles, nb::arg("name"), nb::arg("threads") = 1)
       .def("pack_experts", &pack_experts, nb::arg("layer"), nb::arg("ids"), nb::arg("threads") = 1);
+  m.def("pack_rows", &pack_rows, nb::arg("rows"), nb::arg("columns"), nb::arg("threads") = 1);
   m.def("checksum64", [](const ConstBytes& data) {
     const nb::gil_scoped_release release;
     return st::checksum64(reinterpret_cast<const std::byte*>(data.data()), data.shape(0));
@@ -339,6 +357,7 @@ NB_MODULE(_core, m) {
       .def_ro("expert_bytes", &st::Plan::expert_bytes)
       .def_ro("offload_bytes", &st::Plan::offload_bytes)
       .def_ro("kv_bytes_per_session", &st::Plan::kv_bytes_per_session)
+      .def_ro("kv_vector_bytes", &st::Plan::kv_vector_bytes)
       .def_ro("scratch_bytes", &st::Plan::scratch_bytes);
   m.def(
       "plan",
@@ -390,6 +409,8 @@ NB_MODULE(_core, m) {
              if (s.runtime.experts() != nullptr) s.runtime.experts()->load_all();
            })
       .def("expert_counters", &expert_counters)
+      .def("set_head_rows",
+           [](PyRuntime& s, const std::string& rows) { s.runtime.set_head_rows(st::find_head_rows(rows)); })
       .def("sample", &sample, nb::arg("sampler"), nb::arg("logits"), nb::arg("top_logprobs"))
       .def("new_session",
            [](const PyRuntime& s) {

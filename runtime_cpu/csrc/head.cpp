@@ -15,6 +15,13 @@ constexpr std::int64_t kMostTogether = 256;  // rows of one call
 
 }  // namespace
 
+HeadRows find_head_rows(const std::string& name) {
+  if (name == "named") return HeadRows::kNamed;
+  if (name == "all") return HeadRows::kAll;
+  if (name == "scores") return HeadRows::kScores;
+  throw EngineError("head rows are '" + name + "'; allowed are named, all and scores");
+}
+
 void Runtime::head(std::int64_t first, std::int64_t rows, float* logits) {
   const auto vocab = static_cast<std::uint64_t>(model_->hyper.vocab);
   counters_.head_rows += vocab * static_cast<std::uint64_t>(rows);
@@ -32,6 +39,7 @@ void Runtime::predicted_head(std::int64_t row, float* logits) {
   quantise(scratch_.inner);
   add_tasks(weights_.predictor_up, scratch_.inner.view(), 1, logits, vocab);
   run_matmuls();
+  if (head_rows_ == HeadRows::kScores) return;
 
   const float threshold = model_->head_predictor->threshold;
   const std::int64_t pieces = (vocab + kRowsPerPiece - 1) / kRowsPerPiece;
@@ -41,8 +49,9 @@ void Runtime::predicted_head(std::int64_t row, float* logits) {
     const float* end = logits + std::min(vocab, (piece + 1) * kRowsPerPiece);
     named += std::count_if(begin, end, [&](float score) { return score > threshold; });
   });
-  if (named < std::min(kLeastHeadRows, vocab)) {
-    ++counters_.head_fallbacks;
+  const bool all = head_rows_ == HeadRows::kAll;
+  if (all || named < std::min(kLeastHeadRows, vocab)) {
+    counters_.head_fallbacks += all ? 0U : 1U;
     if (weights_.head_rows.data == nullptr) return head(row, 1, logits);
     std::fill_n(logits, vocab, std::numeric_limits<float>::infinity());  // every row is named
     named = vocab;

@@ -66,9 +66,9 @@ struct HeadPredictor {
   Linear down;  // [width][hidden]
   Linear up;    // [vocab][width]
   float threshold = 0.0F;
-  // As measured when it was made: the share of rows that matter that are named, and of the greatest logits
-  // that are not.
-  float recall = 0.0F, missed_argmax = 0.0F;
+  // As measured when it was made, both or neither: the share of rows that matter that are named, and of the
+  // greatest logits that are not.
+  std::optional<float> recall, missed_argmax;
 
   std::int64_t width() const { return down.rows(); }
 };

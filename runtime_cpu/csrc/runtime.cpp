@@ -115,8 +115,10 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
   Scratch scratch{};
   const bool can_offload = weights.packed_experts;
   return {weights.dense_bytes + weights.mapped_bytes + (can_offload ? 0 : weights.expert_bytes),
-          can_offload ? weights.expert.bytes() : 0, can_offload ? ExpertStore::overhead_bytes(model) : 0,
+          can_offload ? weights.expert.bytes() : 0,
+          can_offload ? ExpertStore::overhead_bytes(model) : 0,
           layout.bytes(),
+          layout.vector_bytes(),
           scratch.lay_out(model.hyper, weights, layout, options.threads, options.chunk, nullptr)};
 }
 

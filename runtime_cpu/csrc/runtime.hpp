@@ -40,12 +40,19 @@ struct RuntimeOptions {
 KvType find_kv_type(const Model& model, const std::string& name);
 const char* name_of(KvType type);
 
+// What comes out of a predicted head: the named rows' logits; all of them, with the exact head's bits; or the
+// predictor's scores in their place. The latter two are for measuring it.
+enum class HeadRows { kNamed, kAll, kScores };
+// By "named", "all" or "scores". Throws EngineError for another word.
+HeadRows find_head_rows(const std::string& name);
+
 // What a runtime will allocate, in bytes.
 struct Plan {
   std::uint64_t weight_bytes = 0;   // copied or mapped, without the experts that can be offloaded
   std::uint64_t expert_bytes = 0;   // of one; 0: the experts cannot be offloaded
   std::uint64_t offload_bytes = 0;  // what offloading needs beside the experts' slots
   std::uint64_t kv_bytes_per_session = 0;
+  std::uint64_t kv_vector_bytes = 0;  // one key, or one value, of one head
   std::uint64_t scratch_bytes = 0;
 };
 Plan make_plan(const Model& model, const RuntimeOptions& options);
@@ -143,6 +150,9 @@ class Runtime {
   };
   void decode(std::span<const Step> steps, float* logits);
 
+  // For the passes to come; without a predictor in use it has no effect. Not while one is under way.
+  void set_head_rows(HeadRows rows) { head_rows_ = rows; }
+
   // sampler.sample() with this runtime's kernels, and its threads when no forward pass has them.
   Choice sample(Sampler& sampler, std::span<const float> logits, std::int64_t top);
 
@@ -213,6 +223,7 @@ class Runtime {
   std::vector<float> inverse_frequencies_;
   bool quantise_router_input_ = false;
   bool speculate_ = true;
+  HeadRows head_rows_ = HeadRows::kNamed;
   Counters counters_;  // of the forward pass under way
   std::mutex mutex_;
 };

@@ -15,7 +15,7 @@ import uvicorn
 
 from runtime_cpu import Engine, EngineError
 from runtime_cpu.chat_template import ChatTemplateError
-from runtime_cpu.head import HEADS
+from runtime_cpu.head_predictor import HEADS
 from runtime_cpu.memory import format_bytes
 from runtime_cpu.options import add_kv_option
 from runtime_cpu.serve.app import ServerSettings, build_app

@@ -18,7 +18,7 @@ struct Result {
 };
 
 Result run(const std::shared_ptr<const Model>& model, const std::vector<std::int32_t>& tokens, bool predict,
-           int threads, std::int64_t chunk, const std::string& kernels) {
+           int threads, std::int64_t chunk, const std::string& kernels, HeadRows rows = HeadRows::kNamed) {
   RuntimeOptions options;
   options.threads = threads;
   options.context = 64;
@@ -26,6 +26,7 @@ Result run(const std::shared_ptr<const Model>& model, const std::vector<std::int
   options.kernels = kernels;
   options.predict_head = predict;
   Runtime runtime(model, options);
+  runtime.set_head_rows(rows);
   Session session(runtime.kv_layout(), model->hyper);
   Result result;
   result.logits.resize(tokens.size() * static_cast<std::size_t>(model->hyper.vocab));
@@ -87,6 +88,13 @@ void test_head() {
           const Bytes low = with_threshold(file, -1e29F);
           const Result all = run(Model::from_bytes(low), tokens, true, 2, 4, name);
           CHECK(all.logits == exact.logits && all.counters.head_fallbacks == 0);
+          // For measuring: everything whatever the threshold, and what is compared with it.
+          CHECK(run(Model::from_bytes(high), tokens, true, 2, 4, name, HeadRows::kAll).logits ==
+                exact.logits);
+          const Result scores = run(model, tokens, true, 2, 4, name, HeadRows::kScores);
+          const float threshold = model->head_predictor->threshold;
+          for (std::size_t i = 0; i < scores.logits.size(); ++i)
+            CHECK((scores.logits[i] > threshold) == (found.logits[i] == exact.logits[i]));
         }
       }
     }

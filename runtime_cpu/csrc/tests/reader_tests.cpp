@@ -244,6 +244,12 @@ void test_reader() {
     const std::string key = std::string("head_predictor.") + name;
     bad_predictor("has no smallthinker." + key, [&](Container& f) { remove_value(f, key); });
   }
+  Container unmeasured = make_container(predicting, 3);
+  for (const char* name : {"recall", "missed_argmax"})
+    remove_value(unmeasured, std::string("head_predictor.") + name);
+  const Bytes imported = unmeasured.write();
+  const auto predictor = Model::from_bytes(imported)->head_predictor;
+  CHECK(predictor && !predictor->recall && !predictor->missed_argmax);
   bad_predictor("head_predictor.width is 0", [](Container& f) { set_u32(f, "head_predictor.width", 0); });
   bad_predictor("'head_predictor.down.weight' has the shape",
                 [](Container& f) { set_u32(f, "head_predictor.width", 17); });

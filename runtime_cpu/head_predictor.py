@@ -3,7 +3,8 @@
     info = Engine.open("model.gguf", head="predictor").info.head_predictor
     print(info)                     # what was measured when the predictor was made
 
-A predictor is two small matrices, trained at export; it is never in use unless asked for, because it can lose tokens.
+A predictor is two small matrices, trained at export or imported (``head_import.py``); it is never in use unless asked
+for, because it can lose tokens. ``head.py`` measures one on text.
 """
 
 from __future__ import annotations
@@ -22,15 +23,21 @@ class HeadPredictorInfo:
     Attributes:
         width: of its inner vector; ``threshold``: rows with a greater score are computed.
         recall: share of the rows that matter (how many per token is the export's choice) that it named there.
-        missed_argmax: share of tokens whose most probable successor it did not name.
+        missed_argmax: share of tokens whose most probable successor it did not name. Both are ``None`` when it was
+            not measured: an imported one.
     """
 
     width: int
     threshold: float
-    recall: float
-    missed_argmax: float
+    recall: float | None = None
+    missed_argmax: float | None = None
 
     def __str__(self) -> str:
+        if self.recall is None or self.missed_argmax is None:
+            return (
+                "tokens can be lost, and how many was not measured for this file; "
+                "python -m runtime_cpu.head MODEL TEXT measures it"
+            )
         return (
             f"tokens can be lost: at export the predictor named {self.recall:.2%} of the rows that matter, and missed "
             f"the most probable token of {self.missed_argmax:.2%} of positions"
@@ -50,6 +57,6 @@ def choose_head(model: _core.Model, head: str, name: str) -> HeadPredictorInfo |
     if found is None and head == "predictor":
         raise _core.EngineError(
             f"{name} has no predictor of its head's rows; open it with head='exact', or export it with "
-            "export.head_predictor"
+            "export.head_predictor, or add one with python -m runtime_cpu.pack --head-predictor"
         )
     return None if found is None else HeadPredictorInfo(**found)
