@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,12 +183,17 @@ def target_sparsity(layer: int) -> float:
 class Synthesis:
     """The tensors of one random model, as Q4_0 bytes; every tensor has a random stream of its own."""
 
-    def __init__(self, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP) -> None:
+    def __init__(
+        self, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP, head_share: float | None = None
+    ) -> None:
         """Plan the model.
 
         Raises:
-            SynthError: a size is no multiple of 32, or ``overlap`` cannot be had.
+            SynthError: a size is no multiple of 32, or ``overlap`` or ``head_share`` cannot be had.
         """
+        if head_share is not None and not 0 < head_share < 1:
+            raise SynthError(f"--head-predictor is {head_share}; allowed is more than 0 and less than 1")
+        self.head_share = head_share
         for name, size in (
             ("hidden", shape.hidden),
             ("expert_hidden", shape.expert_hidden),
@@ -233,6 +238,9 @@ class Synthesis:
         infos.append(TensorInfo("output_norm.weight", "F32", (s.hidden,)))
         if not s.tied:
             infos.append(TensorInfo("output.weight", "Q4_0", (s.hidden, s.vocab)))
+        if self.head_share is not None:
+            infos.append(TensorInfo("head_predictor.down.weight", "Q4_0", (s.hidden, self._predictor_width)))
+            infos.append(TensorInfo("head_predictor.up.weight", "Q4_0", (self._predictor_width, s.vocab)))
         return infos
 
     def metadata(self) -> dict[str, Value]:
@@ -268,6 +276,9 @@ class Synthesis:
         }
         if s.window:
             values[f"{prefix}.attention.sliding_window"] = s.window
+        if self.head_share is not None:
+            values[f"{prefix}.head_predictor.width"] = self._predictor_width
+            values[f"{prefix}.head_predictor.threshold"] = self._predictor_threshold()
         return values | synthetic_vocabulary(s.vocab)
 
     def data(self, name: str) -> Iterator[NDArray[np.generic]]:
@@ -279,6 +290,14 @@ class Synthesis:
             return
         if part == "output_norm":
             yield self._output_norm()
+            return
+        if part == "head_predictor.down":
+            yield _random_blocks(random, self._predictor_width, self._blocks, self.shape.hidden**-0.5)
+            return
+        if part == "head_predictor.up":
+            std, blocks = self._predictor_width**-0.5, self._predictor_width // _BLOCK
+            for start in range(0, self.shape.vocab, 4096):
+                yield _random_blocks(random, min(4096, self.shape.vocab - start), blocks, std)
             return
         _, number, kind = part.split(".")
         layer, s = int(number), self.shape
@@ -404,6 +423,18 @@ class Synthesis:
             rows[:, self._g_begin : self._t_begin, 2:] = codes[ids // size]
             yield rows
 
+    @property
+    def _predictor_width(self) -> int:
+        """The 21B's published predictor has 256, a tenth of its hidden size; 128 is as much of the 4B's."""
+        return 256 if self.shape.hidden >= 2048 else 128
+
+    def _predictor_threshold(self) -> float:
+        """Random rows' scores are normal: the states' length, about equal for all, over the root of the hidden size."""
+        assert self.head_share is not None
+        from_o = (_LOGIT_STD / _EMBEDDING_OUTPUT_STD) ** 2
+        from_g = (_GROUP_BOOST * _LOGIT_STD) ** 2 / self._g_dims
+        return -_NORMAL.inv_cdf(self.head_share) * math.sqrt((from_o + from_g) / self.shape.hidden)
+
     def _output_norm(self) -> NDArray[np.float32]:
         """Reads O and, for the boost of the current group, G."""
         o_std = math.sqrt(self._o_variance[-1])
@@ -431,105 +462,29 @@ def _random_blocks(random: np.random.Generator, rows: int, blocks: int, std: flo
     return result
 
 
-def write(path: Path, shape: Shape, seed: int = 0, overlap: float = TEXT_OVERLAP) -> None:
+def write(
+    path: Path,
+    shape: Shape,
+    seed: int = 0,
+    overlap: float = TEXT_OVERLAP,
+    head_share: float | None = None,
+) -> None:
     """Write a model in the stock layout.
 
+    Args:
+        head_share: add a random predictor of output rows that names about this share of them, scattered.
+
     Raises:
-        SynthError: the shape or the overlap is impossible.
+        SynthError: the shape, the overlap or the share is impossible.
         OSError: the disk is full, …
     """
-    synthesis = Synthesis(shape, seed, overlap)
+    synthesis = Synthesis(shape, seed, overlap, head_share)
     infos = synthesis.tensors()
     with GGUFWriter(path, synthesis.metadata(), infos) as writer:
         for index, info in enumerate(infos):
             _progress(f"tensor {index + 1} of {len(infos)}: {info.name}")
             writer.write(info.name, synthesis.data(info.name))
     _progress("")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the engine counted.
-
-    Attributes:
-        sparsity: share of neurons at zero by layer.
-        rare_experts: mean over the layers of the share of experts with a frequency under 0.14.
-        overlaps: share of experts that consecutive tokens have in common, by kind of text.
-        logit_std: standard deviation of a row of logits; ``largest_logit``: the greatest absolute one.
-        distinct_greedy: different tokens among the greedily generated ones (``greedy_tokens``).
-    """
-
-    sparsity: list[float]
-    rare_experts: float
-    overlaps: dict[str, float]
-    logit_std: float
-    largest_logit: float
-    greedy_tokens: int
-    distinct_greedy: int
-
-
-def measure(path: Path, tokens: int = 512, steps: int = 48, threads: int | None = None) -> Measured:
-    """Run a file through the engine: ``tokens`` independent ids at once, and ``steps`` ids of each kind one by one.
-
-    Raises:
-        SynthError: logits are not finite.
-        EngineError, OSError: the file cannot be opened.
-    """
-    from runtime_cpu.engine import Engine
-
-    with Engine.open(path, threads=threads, context=max(tokens, 2 * steps) + 8, sessions=1) as engine:
-        vocab, k = engine.info.vocab_size, engine.info.experts_per_token
-        ids = np.random.default_rng(5).integers(0, vocab, tokens).tolist()
-        rows = engine.logits(ids[:16])
-        if not np.isfinite(rows).all():
-            raise SynthError("the logits are not finite")
-        with engine.generate(ids, max_tokens=1, stop_ids=()) as generation:
-            list(generation)
-        stats = generation.stats
-        frequency = np.array(stats.expert_counts) / tokens
-
-        def overlap(text: list[int] | None) -> tuple[float, list[int]]:
-            """Each step is a request that computes one token: the rest is still in the KV cache."""
-            produced = ids[:1] if text is None else text[:1]
-            previous, shared = None, []
-            for step in range(1, steps):
-                with engine.generate(produced, max_tokens=1, stop_ids=()) as generation:
-                    (token,) = generation
-                counts = np.array(generation.stats.expert_counts) > 0
-                if previous is not None:
-                    shared.append(float((counts & previous).sum(1).mean()) / k)
-                previous = counts if generation.stats.reused_tokens == len(produced) - 1 else None
-                produced = [*produced, token.id if text is None else text[step]]
-            return fmean(shared), produced
-
-        overlaps = {
-            "text-like": overlap(text_like_ids(vocab, steps, 7))[0],
-            "independent": overlap(ids[:steps])[0],
-        }
-        overlaps["greedy"], greedy = overlap(None)
-    return Measured(
-        sparsity=[1 - share for share in stats.active_neuron_share_by_layer],
-        rare_experts=float((frequency < 0.14).mean()),
-        overlaps=overlaps,
-        logit_std=float(rows.std(1).mean()),
-        largest_logit=float(np.abs(rows).max()),
-        greedy_tokens=len(greedy) - 1,
-        distinct_greedy=len(set(greedy[1:])),
-    )
-
-
-def report(measured: Measured) -> str:
-    """The measurement for people."""
-    sparsity = measured.sparsity
-    overlaps = ", ".join(f"{kind} {share:.2f}" for kind, share in measured.overlaps.items())
-    return (
-        f"neurons at zero: {fmean(sparsity):.3f} on average, {min(sparsity):.3f} in the least sparse layer, "
-        f"{', '.join(f'{share:.2f}' for share in sparsity[:2])} in the first\n"
-        f"experts with a frequency under 0.14: {measured.rare_experts:.0%}\n"
-        f"experts shared by consecutive tokens: {overlaps}\n"
-        f"logits: standard deviation {measured.logit_std:.2f}, largest {measured.largest_logit:.1f}; "
-        f"{measured.distinct_greedy} different tokens among {measured.greedy_tokens} greedy ones\n"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -549,6 +504,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=TEXT_OVERLAP,
         help="share of a layer's experts that consecutive tokens of text have in common (default: %(default)s)",
     )
+    parser.add_argument(
+        "--head-predictor",
+        type=float,
+        metavar="SHARE",
+        help="add a random predictor of output rows that names about this share of them (default: none)",
+    )
     parser.add_argument("--check", action="store_true", help="run the file and print what the engine counts")
     options = parser.parse_args(arguments)
     shape = SHAPES[options.size]
@@ -560,10 +521,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.seed < 0:
             raise SynthError(f"--seed is {options.seed}; allowed is 0 and more")
         started = time.perf_counter()
-        _write_layout(options.out, shape, options.seed, options.overlap, options.layout)
+        _write_layout(
+            options.out, shape, options.seed, options.overlap, options.head_predictor, options.layout
+        )
         seconds = time.perf_counter() - started
         sys.stdout.write(f"{options.out}: {options.out.stat().st_size / 1e9:.2f} GB in {seconds:.0f} s\n")
         if options.check:
+            # Not above: it imports this module.
+            from runtime_cpu.synth_check import measure, report
+
             sys.stdout.write(report(measure(options.out)))
     except (OSError, SynthError, GGUFWriteError) as error:
         _progress("")
@@ -572,9 +538,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write_layout(out: Path, shape: Shape, seed: int, overlap: float, layout: str) -> None:
+def _write_layout(
+    out: Path, shape: Shape, seed: int, overlap: float, head_share: float | None, layout: str
+) -> None:
     if layout == "stock":
-        write(out, shape, seed, overlap)
+        write(out, shape, seed, overlap, head_share)
         return
     try:
         packer = importlib.import_module("runtime_cpu.pack")
@@ -582,7 +550,7 @@ def _write_layout(out: Path, shape: Shape, seed: int, overlap: float, layout: st
         raise SynthError("--layout packed needs runtime_cpu.pack, which this installation lacks") from error
     stock = out.with_name(f".{out.name}.stock")
     try:
-        write(stock, shape, seed, overlap)
+        write(stock, shape, seed, overlap, head_share)
         packer.pack(stock, out)
     finally:
         stock.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from runtime_cpu import Engine, synth
+from runtime_cpu import Engine, synth, synth_check
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
 from runtime_cpu.synth import Shape, group_size, text_like_ids
 from runtime_cpu.synth_vocabulary import SynthError, synthetic_vocabulary
@@ -41,8 +42,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(model: Path) -> synth.Measured:
-    return synth.measure(model, tokens=1000, steps=300, threads=1)
+def measured(model: Path) -> synth_check.Measured:
+    return synth_check.measure(model, tokens=1000, steps=300, threads=1)
 
 
 def test_the_same_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -55,19 +56,19 @@ def test_the_same_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None
         assert "attn_norm" in mine.name or not np.array_equal(mine.data, theirs.data) or "norm" in mine.name
 
 
-def test_neurons_rest_as_in_the_paper(measured: synth.Measured) -> None:
+def test_neurons_rest_as_in_the_paper(measured: synth_check.Measured) -> None:
     for layer, share in enumerate(measured.sparsity):
         assert share == pytest.approx(synth.target_sparsity(layer), abs=0.03)
     assert min(measured.sparsity[:2]) > 0.9 and min(measured.sparsity) > 0.6
 
 
-def test_experts_are_chosen_as_in_the_paper(measured: synth.Measured) -> None:
+def test_experts_are_chosen_as_in_the_paper(measured: synth_check.Measured) -> None:
     assert 0.7 <= measured.rare_experts <= 0.8
     assert measured.overlaps["text-like"] == pytest.approx(0.37, abs=0.06)
     assert measured.overlaps["independent"] < 0.3
 
 
-def test_numbers_stay_sensible(measured: synth.Measured) -> None:
+def test_numbers_stay_sensible(measured: synth_check.Measured) -> None:
     assert 1 < measured.logit_std < 5 and measured.largest_logit < 30
     # 4,096 ids allow short circles only late; the real vocabularies give some 180 different tokens in 219.
     assert measured.distinct_greedy > 20, "greedy decoding runs in a circle"
@@ -122,6 +123,29 @@ def test_the_real_sizes_are_the_released_ones() -> None:
         assert stored == count_parameters(config).total
 
 
+@pytest.mark.parametrize("share", [0.08, 0.3])
+def test_a_random_predictor_names_about_the_share(tmp_path: Path, share: float) -> None:
+    shape = dataclasses.replace(SMALL, layers=12)  # states of shallow models differ in length
+    path = tmp_path / "predicting.gguf"
+    synth.write(path, shape, head_share=share)
+    synth.write(tmp_path / "plain.gguf", shape)
+    with Engine.open(path, threads=1, context=256, head="predictor") as engine:
+        logits = engine.logits(np.random.default_rng(0).integers(0, SMALL.vocab, 100))
+        assert engine.stats.head_row_share == pytest.approx(share, rel=0.15)
+        assert engine.stats.head_fallbacks == 0
+        info = engine.info.head_predictor
+        assert info is not None and (info.width, info.recall, info.missed_argmax) == (128, None, None)
+    named = ~np.isneginf(logits)
+    # Scattered: a row is named whatever its neighbour is, and other positions name other rows.
+    assert (named[:, 1:] & named[:, :-1]).mean() == pytest.approx(named.mean() ** 2, rel=0.2)
+    assert (named[0] != named[1]).mean() > share
+    rows = []
+    for name in ("predicting", "plain"):
+        with Engine.open(tmp_path / f"{name}.gguf", threads=1, context=64) as engine:
+            rows.append(engine.logits([1, 2, 3]))
+    assert np.array_equal(*rows)
+
+
 def test_the_tokenizer_round_trips(model: Path) -> None:
     with Engine.open(model, threads=1, context=64) as engine:
         tokenizer = engine.tokenizer
@@ -161,6 +185,7 @@ def test_the_command(tmp_path: Path) -> None:
         (["4b", tmp_path / "x", "--layers", 0], "--layers is 0"),
         (["4b", tmp_path / "x", "--seed", -1], "--seed is -1"),
         (["4b", tmp_path / "x", "--overlap", 0.99], "--overlap is 0.99"),
+        (["4b", tmp_path / "x", "--head-predictor", 1], "--head-predictor is 1.0"),
         (["4b", tmp_path / "no" / "x"], "No such file"),
     ):
         done = run(*arguments)
