@@ -367,6 +367,22 @@ class Engine:
         )
         return Generation(self, prompt, options)
 
+    @contextmanager
+    def head_rows(self, rows: str) -> Iterator[None]:
+        """For measuring a predicted head: :meth:`logits` then gives all rows (``"all"``), or scores (``"scores"``).
+
+        Raises:
+            EngineError: another word, or the engine is closed.
+        """
+        with self._compute_lock:
+            self._open_runtime().set_head_rows(rows)
+        try:
+            yield
+        finally:
+            with self._compute_lock:
+                if self._runtime is not None:
+                    self._runtime.set_head_rows("named")
+
     def close(self) -> None:
         """Free threads, KV cache and mapping. Later calls raise :class:`EngineError`."""
         with self._compute_lock:
