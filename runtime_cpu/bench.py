@@ -39,12 +39,13 @@ from runtime_cpu.bench_machine import (
 from runtime_cpu.bench_report import ReportError, Row, Spread, log_to_mlflow, plot, ratios, table
 from runtime_cpu.bench_worker import PEER_MODULE, versions
 from runtime_cpu.engine import model_file
-from runtime_cpu.inspect import bytes_per_token
+from runtime_cpu.head_predictor import HEADS
 from runtime_cpu.memory import format_bytes, parse_bytes
-from runtime_cpu.planning import KV_TYPES
+from runtime_cpu.options import add_kv_option
 from runtime_cpu.synth import text_like_ids
+from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 
-__all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "bytes_per_token", "main"]
+__all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "main"]
 
 OURS = "runtime_cpu"
 _FORMAT_VERSION = 1
@@ -64,7 +65,7 @@ class Plan:
         memory_bytes: limit of every process.
         text_like: prompts whose tokens share experts as those of text do, for files of :mod:`runtime_cpu.synth`;
             otherwise tokens are independent.
-        kv_type: of our keys and values, as :meth:`Engine.open` takes it.
+        kv_type, head: of our engine, as :meth:`Engine.open` takes them.
         peer_python: interpreter that has the peer's package; by default this one.
     """
 
@@ -78,6 +79,7 @@ class Plan:
     memory_bytes: int | None = None
     text_like: bool = False
     kv_type: str = "auto"
+    head: str = "exact"
     peer_python: Path | None = None
 
     @property
@@ -102,6 +104,7 @@ class _Worker:
             "memory_bytes": plan.memory_bytes,
             "repack": plan.memory_bytes is None,
             "kv_type": plan.kv_type,
+            "head": plan.head,
         }
         self._process = subprocess.Popen(
             [*command, json.dumps(settings)],
@@ -115,6 +118,7 @@ class _Worker:
             hello = self.ask("hello")
             self.versions: dict[str, str] = hello["versions"]
             self.vocab_size: int = hello["vocab_size"]
+            self.settings: dict[str, str] = hello["settings"]
         except BenchError:
             self.close()
             raise
@@ -247,7 +251,14 @@ def _group(plan: Plan, name: str, notes: list[str]) -> MemoryCgroup | None:
 def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row:
     decode = [plan.decode_tokens / item["decode_s"] for item in measured if item["decode_s"] > 0]
     others = [item["others_cores"] for item in measured if "others_cores" in item]
-    active = [item["active_neuron_share"] for item in measured if "active_neuron_share" in item]
+    active = _mean(measured, "active_neuron_share")
+    named = _mean(measured, "head_row_share")
+    predicts = worker.settings.get("head") == "predictor"
+    model = _core.Model.open(str(plan.model))
+    # What llama.cpp reads: every neuron.
+    skips = active is not None and skips_silent_neurons(model, worker.settings["kernels"])
+    sparsity = 1 - active if skips and active is not None else 0.0
+    middle = plan.depth + plan.prompt_tokens + plan.decode_tokens // 2  # of the answer
     return Row(
         engine=worker.engine,
         threads=worker.threads,
@@ -260,11 +271,21 @@ def _row(plan: Plan, worker: _Worker, measured: Sequence[dict[str, Any]]) -> Row
         peak_rss_bytes=worker.ask("memory")["peak_rss_bytes"],
         memory_bytes=plan.memory_bytes,
         cgroup_peak_bytes=None if worker.group is None else worker.group.peak_bytes(),
-        active_neuron_share=fmean(active) if active else None,
+        active_neuron_share=active,
+        kv_type=worker.settings["kv_type"],
+        head=worker.settings.get("head"),
+        head_row_share=named,
+        weight_bytes_per_token=weight_bytes(model, sparsity, named if predicts else None),
+        kv_bytes_per_token=kv_bytes(model, middle, worker.settings["kv_type"]),
         cache_hit_rate=_spread(measured, "cache_hit_rate"),
         bytes_read_per_token=_spread(measured, "bytes_read_per_token") if plan.decode_tokens else None,
         others_cores=Spread.of(others) if others else None,
     )
+
+
+def _mean(measured: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [item[name] for item in measured if name in item]
+    return fmean(values) if values else None
 
 
 def _spread(measured: Sequence[dict[str, Any]], name: str) -> Spread | None:
@@ -311,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "file_type": model.file_type,
                 "file_bytes": model.file_bytes,
                 "parameters": model.parameters,
-                "bytes_per_token": bytes_per_token(model),
+                "bytes_per_token": weight_bytes(model),
             },
             "read_bytes_per_s": {count: max(before[count], after[count]) for count in before},
             "bandwidth": {"before": before, "after": after},
@@ -363,7 +384,13 @@ def _parser() -> argparse.ArgumentParser:
         help="prompts of a synthetic model's text-like ids (default: independent ids)",
     )
     add("--memory", metavar="SIZE", help="limit of every process, such as 1GiB")
-    add("--kv", choices=KV_TYPES, default="auto", help="our keys and values (default: %(default)s)")
+    add_kv_option(parser)
+    add(
+        "--head",
+        choices=HEADS,
+        default="exact",
+        help="predictor: our engine's predicted head, which can lose tokens",
+    )
     add("--contend", action="store_true", help="meanwhile another process burns one core")
     add("--json", metavar="OUT", help="write everything measured to this file; - for standard output")
     add("--plot", metavar="PNG", type=Path, help="draw the speeds (package matplotlib)")
@@ -394,6 +421,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         memory_bytes=None if options.memory is None else parse_bytes(options.memory),
         text_like=options.text_like,
         kv_type=options.kv,
+        head=options.head,
         peer_python=options.peer_python,
     )
 

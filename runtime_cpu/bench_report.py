@@ -47,7 +47,12 @@ class Row:
         decode_tokens_per_s: ``None`` when only prompts were measured.
         first_token_s: from a prompt of ``prompt_tokens`` to the first token.
         memory_bytes: the limit, if there was one; ``cgroup_peak_bytes``: the most that its cgroup was charged.
-        active_neuron_share: of our engine's experts, mean over the runs.
+        active_neuron_share: of our engine's experts, mean over the runs, prompt and answer.
+        kv_type: how keys and values are kept.
+        head: ``exact`` or ``predictor``, of our engine; ``head_row_share``: share of the output rows that it computed.
+        weight_bytes_per_token, kv_bytes_per_token: what computing a token of the answer reads: without silent neurons
+            where they are skipped, and without rows of the head that are not named; keys and values in the middle
+            of the answer.
         cache_hit_rate, bytes_read_per_token: of an engine whose experts are on disk: experts that needed no read, and
             bytes that each decoded token read.
         others_cores: cores that other processes kept busy during each run, on average.
@@ -65,6 +70,11 @@ class Row:
     memory_bytes: int | None = None
     cgroup_peak_bytes: int | None = None
     active_neuron_share: float | None = None
+    kv_type: str | None = None
+    head: str | None = None
+    head_row_share: float | None = None
+    weight_bytes_per_token: int | None = None
+    kv_bytes_per_token: int | None = None
     cache_hit_rate: Spread | None = None
     bytes_read_per_token: Spread | None = None
     others_cores: Spread | None = None
@@ -103,30 +113,40 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
         f"{machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])}; "
         f"kernels {machine['kernels'][-1]}",
         f"{model['file']}: {model['parameters'] / 1e6:.1f} M parameters, {model['file_type']}, "
-        f"{format_bytes(model['file_bytes'])}; {format_bytes(model['bytes_per_token'])} of weights per token",
+        f"{format_bytes(model['file_bytes'])}; {format_bytes(model['bytes_per_token'])} of weights per token "
+        "when every neuron is read",
     ]
     if rows:
         first = rows[0]
         lines += [
             f"medians of {len(first.prompt_tokens_per_s.runs)} interleaved runs (least-most); prompt "
-            f"{first.prompt_tokens} tokens after {first.depth}, answer {first.decode_tokens} tokens",
+            f"{first.prompt_tokens} tokens after {first.depth}, answer {first.decode_tokens} tokens after "
+            f"{first.depth + first.prompt_tokens}",
             "",
             f"{'engine':<12} {'threads':>7} {'prompt tok/s':>26} {'decode tok/s':>26} {'first token':>12} "
-            f"{'peak memory':>12} {'of bandwidth':>13} {'GB/s before, after':>19}",
+            f"{'peak memory':>12} {'MB/token':>9} {'of bandwidth':>13} {'GB/s before, after':>19}",
         ]
     for row in rows:
-        share, decode = "-", "-"
+        share, decode, read = "-", "-", "-"
         if row.decode_tokens_per_s is not None:
             decode = str(row.decode_tokens_per_s)
-            used = row.decode_tokens_per_s.median * model["bytes_per_token"]
-            share = f"{used / report['read_bytes_per_s'][str(row.threads)]:.0%}"
+            if row.weight_bytes_per_token is not None and row.kv_bytes_per_token is not None:
+                size = row.weight_bytes_per_token + row.kv_bytes_per_token
+                used = row.decode_tokens_per_s.median * size
+                share = f"{used / report['read_bytes_per_s'][str(row.threads)]:.0%}"
+                read = f"{size / 1e6:.1f}"
         around = ", ".join(
             f"{report['bandwidth'][when][str(row.threads)] / 1e9:.1f}" for when in ("before", "after")
         )
         lines.append(
             f"{row.engine:<12} {row.threads:>7} {row.prompt_tokens_per_s!s:>26} {decode:>26} "
-            f"{row.first_token_s.median * 1e3:>9.1f} ms {format_bytes(row.peak_rss_bytes):>12} {share:>13} {around:>19}"
+            f"{row.first_token_s.median * 1e3:>9.1f} ms {format_bytes(row.peak_rss_bytes):>12} {read:>9} {share:>13} "
+            f"{around:>19}"
         )
+        if row.head == "predictor" and row.head_row_share is not None:
+            lines.append(
+                f"{'':<20} predicted head: {row.head_row_share:.1%} of the output rows were computed"
+            )
         if row.cgroup_peak_bytes is not None and row.memory_bytes is not None:
             lines.append(
                 f"{'':<20} in a cgroup of {format_bytes(row.memory_bytes)}, of which at most "

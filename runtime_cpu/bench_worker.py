@@ -32,9 +32,10 @@ Ids = NDArray[np.int32]
 
 
 class Measured(Protocol):
-    """An open engine."""
+    """An open engine; ``settings`` say what decides the bytes that it reads."""
 
     vocab_size: int
+    settings: dict[str, str]
 
     def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
         """Put ``before`` into the context, then time ``prompt`` and greedy decoding.
@@ -50,12 +51,20 @@ class OurEngine:
     """runtime_cpu, asked as its users ask it."""
 
     def __init__(
-        self, model: str, threads: int, context: int, memory: int | None, kv_type: str = "auto"
+        self,
+        model: str,
+        threads: int,
+        context: int,
+        memory: int | None,
+        kv_type: str = "auto",
+        head: str = "exact",
     ) -> None:
         from runtime_cpu import Engine
 
-        self._engine = Engine.open(model, threads, context, memory, sessions=1, kv_type=kv_type)
-        self.vocab_size = self._engine.info.vocab_size
+        self._engine = Engine.open(model, threads, context, memory, sessions=1, kv_type=kv_type, head=head)
+        info = self._engine.info
+        self.vocab_size = info.vocab_size
+        self.settings = {"kernels": info.kernels, "kv_type": info.kv_type, "head": info.head}
 
     def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
         if before.size:  # its keys and values stay in the sequence state, so a run computes them once
@@ -77,7 +86,11 @@ class OurEngine:
                 "bytes_read_per_token": (stats.bytes_read - stats.prompt_bytes_read)
                 / max(stats.decode_steps, 1),
             }
-        return {**times, "active_neuron_share": stats.active_neuron_share}
+        return {
+            **times,
+            "active_neuron_share": stats.active_neuron_share,
+            "head_row_share": stats.head_row_share,
+        }
 
 
 class Peer:
@@ -102,6 +115,7 @@ class Peer:
         if not self._context:
             raise ValueError(f"llama.cpp cannot make a context of {context} tokens")
         self.vocab_size = int(lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self._model)))
+        self.settings = {"kv_type": "f16"}  # its default
         self._held: Ids = np.empty(0, np.int32)
 
     def measure(self, before: Ids, prompt: Ids, decode_tokens: int) -> dict[str, float]:
@@ -162,7 +176,14 @@ def _open(settings: dict[str, Any]) -> Measured:
     model, threads, context = settings["model"], settings["threads"], settings["context"]
     if settings["engine"] == PEER_MODULE:
         return Peer(model, threads, context, settings["repack"])
-    return OurEngine(model, threads, context, settings.get("memory_bytes"), settings.get("kv_type", "auto"))
+    return OurEngine(
+        model,
+        threads,
+        context,
+        settings.get("memory_bytes"),
+        settings.get("kv_type", "auto"),
+        settings.get("head", "exact"),
+    )
 
 
 def _serve(settings: dict[str, Any]) -> int:
@@ -173,7 +194,11 @@ def _serve(settings: dict[str, Any]) -> int:
         try:
             if operation == "hello":
                 engine = _open(settings)
-                answer = {"versions": versions(), "vocab_size": engine.vocab_size}
+                answer = {
+                    "versions": versions(),
+                    "vocab_size": engine.vocab_size,
+                    "settings": engine.settings,
+                }
             elif operation == "memory":
                 answer = {"peak_rss_bytes": _peak_resident_bytes()}
             else:

@@ -17,8 +17,10 @@ from typing import Any
 from runtime_cpu import _core, engine
 from runtime_cpu.head_predictor import HeadPredictorInfo
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
+from runtime_cpu.options import add_kv_option
 from runtime_cpu.planning import CHUNK_TOKENS, Planner
 from runtime_cpu.tokenizer import TokenType
+from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 
 # The paper's mean over layers (arXiv 2507.20984, section 5.1).
 DEFAULT_SPARSITY = 0.62
@@ -31,54 +33,20 @@ class InspectError(Exception):
     """An option is unusable; the message says why."""
 
 
-def bytes_per_token(model: _core.Model, sparsity: float = 0.0) -> int:
-    """Bytes of weights that computing one token reads (KV cache not counted).
-
-    Args:
-        sparsity: share of the chosen experts' neurons whose gate is not above zero: their rows of up and columns of
-            down need not be read. 0 reads the chosen experts whole.
-    """
-    total = 0.0
-    for name, _kind, _shape, _offset, size in model.tensors():
-        if name.startswith("token_embd.") and not model.tied_embeddings:
-            total += size // model.vocab_size
-        elif name == "experts.checksums" or name.startswith("head_predictor."):
-            continue  # read with the file, not with a token; and only by those who ask for it
-        elif "_exps." in name or ".ffn_experts." in name:
-            chosen = size * model.experts_per_token // model.experts
-            if ".ffn_gate_exps." in name:
-                skipped = 0.0
-            elif ".ffn_up_exps." in name or ".ffn_down_exps." in name:
-                skipped = sparsity
-            else:  # the packed layout: gate, up and down in one tensor
-                skipped = sparsity * 2 / 3
-            total += chosen - skipped * chosen
-        else:
-            total += size
-    return round(total)
-
-
-def kv_bytes_read(model: _core.Model, length: int, element_bytes: int = 2) -> int:
-    """Bytes of keys and values that a token reads with ``length`` tokens before it."""
-    positions = sum(
-        min(length, model.window) if windowed else length for windowed in model.sliding_window_layout
-    )
-    return 2 * positions * model.kv_heads * model.head_dim * element_bytes
-
-
 def inspect(
     path: Path,
     memory: int | None = None,
     context: int | None = None,
     threads: int | None = None,
     sparsity: float = DEFAULT_SPARSITY,
+    kv_type: str = "auto",
 ) -> dict[str, Any]:
     """Everything that the command prints, as a JSON-ready object; sizes in bytes.
 
     Args:
         memory: the budget in bytes; without one the plan is that of an engine which may use all it wants.
-        context, threads: as :meth:`Engine.open` takes them.
-        sparsity: see :func:`bytes_per_token`.
+        context, threads, kv_type: as :meth:`Engine.open` takes them.
+        sparsity: share of silent neurons (:func:`runtime_cpu.traffic.weight_bytes`).
 
     Raises:
         FileNotFoundError: no such file, or a folder.
@@ -102,6 +70,7 @@ def inspect(
         entry["tensors"] += 1
         entry["bytes"] += size
     length = context or model.context_length
+    skips = skips_silent_neurons(model)
     return {
         "format_version": _FORMAT_VERSION,
         "file": {
@@ -145,13 +114,15 @@ def inspect(
         "head_predictor": model.head_predictor,
         "tensors": {"by_type": by_type, "by_part": _parts(tensors)},
         "tokenizer": _tokenizer(metadata),
-        "memory": _memory(model, memory, context, threads),
+        "memory": _memory(model, memory, context, threads, kv_type),
         "per_token": {
-            "dense_bytes": bytes_per_token(model),
+            "dense_bytes": weight_bytes(model),
             "sparsity": sparsity,
-            "sparse_bytes": bytes_per_token(model, sparsity),
+            "skips_silent_neurons": skips,
+            "sparse_bytes": weight_bytes(model, sparsity if skips else 0.0),
             "length_tokens": length,
-            "kv_bytes": kv_bytes_read(model, length),
+            "kv_type": kv_type,
+            "kv_bytes": kv_bytes(model, length, kv_type),
         },
     }
 
@@ -195,11 +166,13 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _memory(model: _core.Model, budget: int | None, context: int | None, threads: int) -> dict[str, Any]:
-    """The plan of ``Engine.open`` with its defaults, by part, and the smallest budget that would do."""
+def _memory(
+    model: _core.Model, budget: int | None, context: int | None, threads: int, kv_type: str
+) -> dict[str, Any]:
+    """The plan of ``Engine.open`` with its other defaults, by part, and the smallest budget that would do."""
 
     def fit(limit: int | None) -> tuple[int, int, MemoryPlan]:
-        planner = Planner(model, threads, "auto", CHUNK_TOKENS, "auto", limit)
+        planner = Planner(model, threads, kv_type, CHUNK_TOKENS, "auto", limit)
         return planner.fit(context, None)
 
     try:
@@ -277,11 +250,16 @@ def table(report: Mapping[str, Any]) -> str:
     )
     lines += [f"by type: {kinds}", "", *_memory_lines(report["memory"])]
     token = report["per_token"]
+    sparse = (
+        f"when every neuron is read, {format_bytes(token['sparse_bytes'])} when {token['sparsity']:.0%} are at zero"
+        if token["skips_silent_neurons"]
+        else "(silent neurons are read too: only those of Q4_0 experts are skipped)"
+    )
     lines += [
         "",
-        f"reads per token: {format_bytes(token['dense_bytes'])} of weights when every neuron is read, "
-        f"{format_bytes(token['sparse_bytes'])} when {token['sparsity']:.0%} are at zero; "
-        f"and {format_bytes(token['kv_bytes'])} of keys and values after {token['length_tokens']} tokens",
+        f"reads per token: {format_bytes(token['dense_bytes'])} of weights {sparse}; "
+        f"and {format_bytes(token['kv_bytes'])} of keys and values ({token['kv_type']}) after "
+        f"{token['length_tokens']} tokens",
     ]
     return "\n".join(lines) + "\n"
 
@@ -336,11 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=DEFAULT_SPARSITY,
         help="share of neurons at zero (default: %(default)s)",
     )
+    add_kv_option(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     try:
         memory = None if options.memory is None else parse_bytes(options.memory)
-        report = inspect(options.file, memory, options.context, options.threads, options.sparsity)
+        report = inspect(options.file, memory, options.context, options.threads, options.sparsity, options.kv)
     except (OSError, ValueError, _core.EngineError, InspectError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime_cpu import bench_worker
-from runtime_cpu.bench import Plan, bench
+from runtime_cpu import _core, bench_worker, synth
+from runtime_cpu.bench import BenchError, Plan, bench
 from runtime_cpu.bench_machine import (
     MachineError,
     MemoryCgroup,
@@ -26,6 +27,7 @@ from runtime_cpu.bench_machine import (
 )
 from runtime_cpu.bench_report import ReportError, Row, Spread, plot, ratios, table
 from runtime_cpu.bench_worker import PEER_MODULE, OurEngine
+from runtime_cpu.traffic import kv_bytes, weight_bytes
 from tests.runtime_cpu.servers import MODEL
 
 
@@ -53,6 +55,12 @@ def test_every_option_at_once(tmp_path: Path) -> None:
     (only,) = report["rows"]
     assert only["depth"] == 40 and len(only["decode_tokens_per_s"]["runs"]) == 2
     assert 0 < only["active_neuron_share"] < 1
+    model = _core.Model.open(str(MODEL))
+    # Q8_0 experts are read whole, and the answer begins after depth and prompt.
+    assert only["weight_bytes_per_token"] == weight_bytes(model) == report["model"]["bytes_per_token"]
+    assert only["kv_bytes_per_token"] == kv_bytes(model, 40 + 16 + 2, "f16") and only["kv_type"] == "f16"
+    assert (only["head"], only["head_row_share"]) == ("exact", 1.0)
+    assert "answer 4 tokens after 56" in done.stdout
     assert only["others_cores"]["low"] >= 0
     assert report["bandwidth"]["before"].keys() == report["bandwidth"]["after"].keys() == {"1"}
     assert report["read_bytes_per_s"]["1"] == max(
@@ -61,6 +69,35 @@ def test_every_option_at_once(tmp_path: Path) -> None:
     assert report["disk"] == {"unavailable": "the file is too small to tell"}
     assert report["contended"] and "burned one core" in done.stdout and "tokens after 40" in done.stdout
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_what_is_read_counts(tmp_path: Path) -> None:
+    shape = synth.Shape("m", 12, 512, 4, 2, 64, 32, 4, 96, 4096, 1024, 0, False, True)
+    path = tmp_path / "m.gguf"
+    synth.write(path, shape, head_share=0.1)
+    done = run(
+        *(path, "--runs", 1, "--prompt", 24, "--decode", 12, "--threads", 1, "--kv", "q8", "--json", "-"),
+        *("--head", "predictor"),
+    )
+    assert done.returncode == 0, done.stderr
+    (predicted,) = json.loads(done.stdout)["rows"]
+    ((exact,), _, _) = bench(Plan(path, [1], 1, 24, 12, kv_type="q8"))
+    model = _core.Model.open(str(path))
+    for row, head in ((asdict(exact), "exact"), (predicted, "predictor")):
+        share = row["head_row_share"]
+        assert row["head"] == head and row["kv_type"] == "q8"
+        assert (share == 1) if head == "exact" else (0.05 < share < 0.15)
+        assert 0.2 < row["active_neuron_share"] < 0.5
+        named = share if head == "predictor" else None
+        assert row["weight_bytes_per_token"] == weight_bytes(model, 1 - row["active_neuron_share"], named)
+        assert row["kv_bytes_per_token"] == kv_bytes(model, 24 + 6, "q8")
+    sizes = {name: size for name, _, _, _, size in model.tensors()}
+    saved = sizes["token_embd.weight"] - sum(size for name, size in sizes.items() if "predictor" in name)
+    assert exact.weight_bytes_per_token is not None and exact.weight_bytes_per_token < weight_bytes(model)
+    assert 0.7 * saved < exact.weight_bytes_per_token - predicted["weight_bytes_per_token"] < saved
+    assert f"{predicted['head_row_share']:.1%} of the output rows were computed" in done.stderr
+    with pytest.raises(BenchError, match="has no predictor of its head's rows"):
+        bench(Plan(MODEL, [1], 1, 8, 2, head="predictor"))
 
 
 def test_prompts_only(tmp_path: Path) -> None:
@@ -115,7 +152,11 @@ def test_depth_changes_what_is_attended_to_and_is_computed_once() -> None:
 
 
 def test_ratios_pair_the_rounds() -> None:
-    mine = row("runtime_cpu", spread(10, 40), spread(2, 4))
+    mine = replace(
+        row("runtime_cpu", spread(10, 40), spread(2, 4)),
+        weight_bytes_per_token=900_000_000,
+        kv_bytes_per_token=100_000_000,
+    )
     other = row(PEER_MODULE, spread(5, 10), spread(1, 1))
     (ratio,) = ratios([mine, other], "runtime_cpu", PEER_MODULE)
     assert ratio.prompt == spread(2, 4) and ratio.decode == spread(2, 4)
@@ -138,6 +179,7 @@ def test_ratios_pair_the_rounds() -> None:
     }
     shown = table(report, [mine, other], ratios([mine, other], "runtime_cpu", PEER_MODULE))
     assert "prompt 3.00 (2.00-4.00), decode 3.00 (2.00-4.00)" in shown
+    assert "1000.0           30%" in shown  # 3 tokens/s of a GB at 10 GB/s
     assert "10.0, 9.0" in shown and "note: the peer died" in shown and "1000 MB/s" in shown
 
 

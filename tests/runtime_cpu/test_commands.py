@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from runtime_cpu import Engine
-from runtime_cpu.bench import Spread, bytes_per_token
+from runtime_cpu.bench import Spread
 from runtime_cpu.bench_worker import versions
 from runtime_cpu.perplexity import measure, read_tokens, surprise
+from runtime_cpu.traffic import weight_bytes
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 
 EXACT = np.load(GOLDEN / "tiny-4b-f32.npz")
@@ -189,7 +190,7 @@ def test_spread_and_bytes_per_token() -> None:
     model = _core.Model.open(str(MODEL))
     tensors = {name: size for name, _, _, _, size in model.tensors()}
     experts = sum(size for name, size in tensors.items() if "_exps." in name)
-    assert bytes_per_token(model) == sum(tensors.values()) - experts + experts * 2 // 8
+    assert weight_bytes(model) == sum(tensors.values()) - experts + experts * 2 // 8
 
 
 def test_chat_obeys_its_commands() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from runtime_cpu import Engine, MemoryBudgetError, _core, synth
-from runtime_cpu.inspect import bytes_per_token, inspect, kv_bytes_read, table
+from runtime_cpu.inspect import inspect, table
 from runtime_cpu.memory import release_free_memory
 from runtime_cpu.pack import pack
+from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
@@ -65,10 +66,14 @@ def test_bytes_per_token_by_hand(tmp_path: Path) -> None:
     layer = 4 * 64 * 2 + 4 * 8 * 64 + 2 * 64 * (64 + 32) // 32 * 34
     vocabulary = shape.vocab * 64 // 32 * 34
     dense = 4 * (layer + 2 * 3 * expert) + vocabulary + 64 // 32 * 34 + 4 * 64
-    assert bytes_per_token(model) == dense
-    assert bytes_per_token(model, 0.5) == dense - 4 * 2 * expert
-    assert bytes_per_token(model, 1.0) == dense - 4 * 2 * 2 * expert
-    assert kv_bytes_read(model, 10) == 4 * 10 * 2 * 32 * 2
+    assert weight_bytes(model) == dense
+    assert weight_bytes(model, 0.5) == dense - 4 * 2 * expert
+    assert weight_bytes(model, 1.0) == dense - 4 * 2 * 2 * expert
+    head = vocabulary
+    assert weight_bytes(model, head_share=0.25) == dense - head * 3 // 4
+    for kv_type, size in (("f32", 32 * 4), ("f16", 32 * 2), ("auto", 32 * 2), ("q8", 32 + 2)):
+        assert kv_bytes(model, 10, kv_type) == 4 * 10 * 2 * size
+    assert not skips_silent_neurons(model)  # Q8_0 rows are read whole
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -79,18 +84,38 @@ def test_a_packed_file_reads_as_much_as_its_source(tmp_path: Path, tied: bool) -
     pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
     stock, packed = (_core.Model.open(str(tmp_path / f"{name}.gguf")) for name in ("stock", "packed"))
     for sparsity in (0.0, 0.62):
-        assert bytes_per_token(packed, sparsity) == pytest.approx(bytes_per_token(stock, sparsity), rel=0.05)
+        assert weight_bytes(packed, sparsity) == pytest.approx(weight_bytes(stock, sparsity), rel=0.05)
     assert inspect(tmp_path / "packed.gguf")["file"]["layout"] == "packed"
+    assert skips_silent_neurons(packed) and not skips_silent_neurons(stock, "reference")
+    report = inspect(tmp_path / "packed.gguf")["per_token"]
+    assert report["sparse_bytes"] == weight_bytes(packed, 0.62) < report["dense_bytes"]
 
 
 def test_windowed_layers_read_their_window_only(tmp_path: Path) -> None:
     shape = Shape(layers=5, window=8, vocab=67)
     write_model(tmp_path / "m.gguf", shape, random_weights(shape))
     model = _core.Model.open(str(tmp_path / "m.gguf"))
-    assert kv_bytes_read(model, 100) == (2 * 100 + 3 * 8) * 2 * shape.kv_heads * shape.head_dim * 2
+    assert kv_bytes(model, 100, "f16") == (2 * 100 + 3 * 8) * 2 * shape.kv_heads * shape.head_dim * 2
+    assert kv_bytes(model, 100) == 2 * kv_bytes(model, 100, "f16")  # F32 weights have F32 keys
     shown = table(inspect(tmp_path / "m.gguf"))
     assert "2 global without RoPE (0, 4)" in shown and "3 windowed (8 keys) with RoPE (1, 2, 3)" in shown
     assert "none in the file" in shown
+
+
+def test_keys_and_values_are_counted_as_they_are_kept() -> None:
+    plain, rounded = (inspect(MODEL, kv_type=kv_type) for kv_type in ("auto", "q8"))
+    with Engine.open(MODEL, threads=1, kv_type="q8") as engine:
+        assert rounded["memory"]["parts"]["kv_bytes"] == engine.info.plan.kv_bytes
+        smaller = (engine.info.head_dim + 2) / (2 * engine.info.head_dim)
+    assert rounded["per_token"]["kv_bytes"] / plain["per_token"]["kv_bytes"] == pytest.approx(smaller)
+    assert rounded["memory"]["parts"]["kv_bytes"] / plain["memory"]["parts"]["kv_bytes"] == pytest.approx(
+        smaller
+    )
+    # Q8_0 experts: silent neurons are read too, and no share of them changes that.
+    assert plain["per_token"]["sparse_bytes"] == plain["per_token"]["dense_bytes"]
+    assert "silent neurons are read too" in table(plain)
+    done = run(MODEL, "--kv", "q8", "--json")
+    assert json.loads(done.stdout)["per_token"]["kv_bytes"] == rounded["per_token"]["kv_bytes"]
 
 
 def test_the_command() -> None:
