@@ -350,6 +350,16 @@ def test_what_is_no_such_predictor_is_named(
     assert not [left for left in tmp_path.iterdir() if "out" in left.name]
 
 
+@pytest.mark.parametrize("form", ["dict", "shared"])
+def test_a_bent_weight_is_found_before_anything_is_read(tmp_path: Path, form: str) -> None:
+    path = saved(tmp_path / "p.pt", FORMS[form](tensors()))
+    data = bytearray(path.read_bytes())
+    data[data.index(tensors()["fc2.weight"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="Bad CRC-32"):
+        TorchFile(path)
+
+
 @pytest.mark.parametrize(
     ("sizes", "threshold", "message"),
     [
