@@ -67,6 +67,7 @@ class Plan:
             otherwise tokens are independent.
         kv_type, head: of our engine, as :meth:`Engine.open` takes them.
         peer_python: interpreter that has the peer's package; by default this one.
+        peer_model: the file that the peer reads; by default ``model``.
     """
 
     model: Path
@@ -81,6 +82,7 @@ class Plan:
     kv_type: str = "auto"
     head: str = "exact"
     peer_python: Path | None = None
+    peer_model: Path | None = None
 
     @property
     def context(self) -> int:
@@ -98,7 +100,7 @@ class _Worker:
             command = _peer_command(plan.peer_python)
         settings = {
             "engine": engine,
-            "model": str(plan.model),
+            "model": str(plan.peer_model if engine == PEER_MODULE and plan.peer_model else plan.model),
             "threads": threads,
             "context": plan.context,
             "memory_bytes": plan.memory_bytes,
@@ -199,7 +201,8 @@ def bench(plan: Plan) -> tuple[list[Row], dict[str, str], list[str]]:
     dead: set[int] = set()
     with ExitStack() as stack:
         if plan.memory_bytes is not None:
-            drop_cached(plan.model)
+            for model in {plan.model, plan.peer_model or plan.model}:
+                drop_cached(model)
         for engine in plan.engines:
             for threads in plan.thread_counts:
                 group = _group(plan, f"smallthinker-bench-{os.getpid()}-{engine}-{threads}", notes)
@@ -400,6 +403,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--peer-python", metavar="PATH", type=Path, help="the interpreter that has llama-cpp-python and numpy"
     )
+    add(
+        "--peer-model",
+        metavar="PATH",
+        type=Path,
+        help="llama.cpp's file where it cannot read ours (packed, or with a predicted head)",
+    )
     return parser
 
 
@@ -408,7 +417,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     for name, least in (("runs", 1), ("prompt", 1), ("decode", 1), ("depth", 0)):
         if getattr(options, name) < least:
             raise BenchError(f"--{name} is {getattr(options, name)}; allowed is {least} and more")
-    model_file(options.model)
+    for model in (options.model, options.peer_model or options.model):
+        model_file(model)
     peer = [PEER_MODULE] if options.peer or options.peer_only else []
     return Plan(
         model=options.model,
@@ -423,6 +433,7 @@ def _plan(options: argparse.Namespace) -> Plan:
         kv_type=options.kv,
         head=options.head,
         peer_python=options.peer_python,
+        peer_model=options.peer_model,
     )
 
 
