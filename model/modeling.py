@@ -254,6 +254,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        padded: bool | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         **_: Any,
@@ -275,7 +276,9 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             position_ids = (torch.arange(tokens, device=x_BTD.device) + past)[None]
         valid_T = None
         if document_ids is not None:
-            if not torch.compiler.is_compiling() and bool((document_ids < 0).any()):
+            if padded is None:  # on a GPU the answer waits for everything before it
+                padded = not torch.compiler.is_compiling() and bool((document_ids < 0).any())
+            if padded:
                 valid_T = (document_ids >= 0).flatten()
         elif attention_mask is not None and attention_mask.dim() == 2:
             real_BT = attention_mask[:, past : past + tokens].bool()
@@ -304,7 +307,8 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
 
         counts_LE = torch.stack([output.counts_E for output in outputs])
         active_LE = torch.stack([output.active_E for output in outputs])
-        valid = torch.tensor(batch * tokens, device=x_BTD.device) if valid_T is None else valid_T.sum()
+        # torch.tensor would copy the number from the host and wait for it.
+        valid = torch.full((), batch * tokens, device=x_BTD.device) if valid_T is None else valid_T.sum()
         frequencies_LE = self.balance.frequencies(counts_LE, valid, self.training)
         mean_scores_LE = torch.stack([output.mean_scores_E for output in outputs])
         experts = None
@@ -434,6 +438,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
+        padded: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -450,6 +455,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             labels: ``[B, T]``, unshifted; -100 is ignored.
             document_ids: ``[B, T]``; tokens attend only within their document, and a document's first token
                 is no label. Negative: padding. Not together with ``attention_mask`` or a cache.
+            padded: whether ``document_ids`` holds padding; ``None``: look, for which a GPU's queue must run dry.
             use_cache: return a cache. Default: the config's, except in training or with labels or documents.
             logits_to_keep: compute logits for this many last positions (0: all) or for these positions.
             output_hidden_states: return the residual stream before every layer.
@@ -466,6 +472,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             document_ids=document_ids,
+            padded=padded,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
         )

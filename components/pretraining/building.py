@@ -45,6 +45,30 @@ def _fill(name: str, target: Tensor, std: float, seed: int, local: range) -> Non
             _draw(matrix, std, f"{seed} {official} {expert}")
 
 
+def laid_out(architecture: SmallThinkerConfig, mesh: Mesh = Mesh()) -> SmallThinkerForCausalLM:  # noqa: B008  # frozen
+    """The model on the meta device, with this rank's experts only."""
+    mesh.check(architecture.moe_num_primary_experts)
+    with torch.device("meta"):
+        model = SmallThinkerForCausalLM(architecture)
+    if mesh.expert_parallel > 1:
+        from components.pretraining.expert_parallel import shard_experts
+
+        shard_experts(model, mesh)
+    model.tie_weights()
+    return model
+
+
+def allocate(model: SmallThinkerForCausalLM, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Give a model of :func:`laid_out` its parameters on ``device``; what they hold is undefined."""
+    for name, parameter in list(model.named_parameters()):
+        value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+        value.__dict__.update(parameter.__dict__)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+    model.tie_weights()
+    assert all(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers()))
+
+
 @torch.no_grad()
 def initial_model(
     config: PretrainConfig,
@@ -65,21 +89,9 @@ def initial_model(
     Raises:
         StageError: ``expert_parallel`` does not divide the processes or the experts.
     """
-    mesh.check(architecture.moe_num_primary_experts)
-    with torch.device("meta"):
-        model = SmallThinkerForCausalLM(architecture)
-    if mesh.expert_parallel > 1:
-        from components.pretraining.expert_parallel import shard_experts
-
-        shard_experts(model, mesh)
-    model.tie_weights()
+    model = laid_out(architecture, mesh)
+    allocate(model, device, dtype)
     local = mesh.local_experts(architecture.moe_num_primary_experts)
-    for name, parameter in list(model.named_parameters()):
-        value = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
-        value.__dict__.update(parameter.__dict__)
-        _fill(name, value.data, architecture.initializer_range, config.seed, local)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, value)
-    model.tie_weights()
-    assert all(not tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    for name, parameter in model.named_parameters():
+        _fill(name, parameter.data, architecture.initializer_range, config.seed, local)
     return model

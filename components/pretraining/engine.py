@@ -166,9 +166,24 @@ def _quieten() -> None:
 
 def compile_layers(model: SmallThinkerForCausalLM) -> None:
     """Compile attention and norms of every layer in place: all have the same shapes, so each compiles once."""
+    from model.compiling import compile_module
+
     for layer in model.model.layers:
         for name in ("input_layernorm", "self_attn", "post_attention_layernorm"):
-            layer.get_submodule(name).compile()
+            compile_module(layer.get_submodule(name))
+
+
+def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> None:
+    """Give the model its load-balance group, recomputation and compiled layers, as ``config`` asks."""
+    from model import LoadBalance
+
+    model.balance = LoadBalance(_balance_group(config, ranks))
+    if config.activation_checkpointing:
+        # Nothing in a layer is random, so no generator's state has to be kept for the recomputation.
+        keep = {"use_reentrant": False, "preserve_rng_state": False}
+        model.gradient_checkpointing_enable(keep)  # type: ignore[no-untyped-call]
+    if config.compile_layers:
+        compile_layers(model)
 
 
 def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
@@ -189,13 +204,7 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
     _quieten()
     # The shared-memory operator serves inference only and costs a minute of g++ at first use: gloo does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    from model import LoadBalance
-
-    model.balance = LoadBalance(_balance_group(config, ranks))
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable()  # type: ignore[no-untyped-call]
-    if config.compile_layers:
-        compile_layers(model)
+    prepare_model(model, config, ranks)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer(model, config.optimizer),

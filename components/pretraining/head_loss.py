@@ -11,13 +11,13 @@ Legend: B sequences, T tokens, D model, V vocabulary, R = B * (T - 1) prediction
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from model.compiling import compiled
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -48,10 +48,7 @@ def _as_one_kernel(logits_rV: Tensor, labels_r: Tensor) -> tuple[Tensor, Tensor]
     return losses_r, gradient_rV.to(logits_rV.dtype)
 
 
-@cache
-def _compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    compiled: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = torch.compile(_as_one_kernel, dynamic=True)
-    return compiled
+_one_kernel = compiled(_as_one_kernel, dynamic=True)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -63,7 +60,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = x_RD.shape[0]
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        losses_and_gradient = _compiled() if x_RD.is_cuda else _losses_and_gradient
+        losses_and_gradient = _one_kernel if x_RD.is_cuda else _losses_and_gradient
         losses_R = torch.empty(rows, dtype=torch.float32, device=x_RD.device)
         grad_x_RD = torch.empty_like(x_RD) if wanted else None
         # Chunks are added up in float32: in bfloat16 the small late ones would be lost.

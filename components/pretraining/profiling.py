@@ -31,7 +31,7 @@ PARTS = (
     "communication",
     "rest",
 )
-_PREFIX = "part:"
+PREFIX = "part:"
 # Operators inside the expert layer that are its matrix products, on CPUs and on GPUs, forward and backward.
 _PRODUCTS = ("_ExpertLoop", "aten::_grouped_mm", "aten::mm", "aten::bmm")
 _COMMUNICATION = ("nccl:", "gloo:", "c10d::")
@@ -40,7 +40,7 @@ _COMMUNICATION = ("nccl:", "gloo:", "c10d::")
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """What runs within counts as part ``name`` of :data:`PARTS`, unless a module in it says otherwise."""
-    with record_function(_PREFIX + name):
+    with record_function(PREFIX + name):
         yield
 
 
@@ -76,7 +76,7 @@ class StepProfile(AbstractContextManager["StepProfile"]):
 
     def _enter_module(self, label: str) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
-            opened = record_function(_PREFIX + label)
+            opened = record_function(PREFIX + label)
             opened.__enter__()
             self._open.append(opened)
 
@@ -109,8 +109,8 @@ class StepProfile(AbstractContextManager["StepProfile"]):
 def _enclosing_part(event: FunctionEvent) -> str | None:
     at: FunctionEvent | None = event
     while at is not None:
-        if at.name.startswith(_PREFIX):
-            return at.name.removeprefix(_PREFIX)
+        if at.name.startswith(PREFIX):
+            return at.name.removeprefix(PREFIX)
         at = at.cpu_parent
     return None
 
@@ -128,7 +128,7 @@ def _backward_root(event: FunctionEvent) -> FunctionEvent | None:
 
 def _is_product(event: FunctionEvent) -> bool:
     at: FunctionEvent | None = event
-    while at is not None and not at.name.startswith(_PREFIX):
+    while at is not None and not at.name.startswith(PREFIX):
         if at.name.startswith(_PRODUCTS):
             return True
         at = at.cpu_parent
@@ -149,7 +149,7 @@ def split_events(events: Iterable[FunctionEvent], cuda: bool) -> dict[str, float
     for event in events:
         own_us = event.self_device_time_total if cuda else event.self_cpu_time_total
         if own_us <= 0 or (
-            cuda and event.name.startswith(_PREFIX)
+            cuda and event.name.startswith(PREFIX)
         ):  # on GPUs a range repeats its kernels' time
             continue
         label = _enclosing_part(event)

@@ -109,7 +109,7 @@ class StepMeter:
     def add(self, batch: MicroBatch, losses_BT: Tensor, ce: Tensor, out: Any, entropy_L: Tensor) -> None:
         """Take one micro-step into account."""
         at, sums = self._layout.slices, self._sums
-        category_B = batch.category_B.to(sums.device)
+        category_B = batch.category_B.to(sums.device, non_blocking=True)
         nats_B = losses_BT.detach().double().sum(dim=1)
         targets_B = torch.full_like(nats_B, losses_BT.shape[1])
         sums[at["micro_steps"]] += 1

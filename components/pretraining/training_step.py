@@ -66,12 +66,13 @@ class TrainingStep:
         return through(
             input_ids=batch.input_ids_BT.to(device, non_blocking=True),
             document_ids=batch.document_ids_BT.to(device, non_blocking=True),
+            padded=False,  # rows are whole windows; asking the device would wait for it
             use_cache=False,
             logits_to_keep=1,  # the loss applies the output matrix itself
             output_hidden_states=True,
         )
 
-    def _micro_step(self, batch: MicroBatch) -> None:
+    def micro_step(self, batch: MicroBatch) -> None:
         """Forward and backward of one micro-batch."""
         config, engine = self._config, self._engine
         labels_BT = batch.labels_BT.to(self._ranks.device, non_blocking=True)
@@ -104,7 +105,7 @@ class TrainingStep:
             if self._config.load_balance_counts == "exact":
                 self._count_exactly(group)
             for batch in group:
-                self._micro_step(batch)
+                self.micro_step(batch)
                 left -= 1
                 if left:
                     self._engine.step()  # counts the micro-step

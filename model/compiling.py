@@ -1,0 +1,49 @@
+"""What ``torch.compile`` compiles with, chosen in one place: ``fast = compiled(function)``.
+
+A dry run without a GPU (``components.pretraining.dry_run``) replaces the backend, which writes kernels, by one that only
+accounts for them; everything up to the captured graph is then the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_settings: dict[str, Any] = {"backend": "inductor", "fullgraph": False}
+
+
+def set_compile_backend(backend: str | Callable[..., Any], fullgraph: bool = False) -> None:
+    """From the next compilation on, use ``backend`` (as ``torch.compile`` takes it).
+
+    Args:
+        backend: ``"inductor"``, or what stands in for it.
+        fullgraph: raise where the graph breaks, instead of going on in pieces.
+    """
+    _settings.update(backend=backend, fullgraph=fullgraph)
+
+
+def compiled(
+    function: Callable[_Arguments, _Result], dynamic: bool | None = None
+) -> Callable[_Arguments, _Result]:
+    """``torch.compile(function)`` when it is first called; ``dynamic`` as there."""
+    made: list[Callable[_Arguments, _Result]] = []
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not made:
+            made.append(torch.compile(function, dynamic=dynamic, **_settings))
+        return made[0](*args, **kwargs)
+
+    return call
+
+
+def compile_module(module: nn.Module) -> None:
+    """Compile a module's forward in place."""
+    module.compile(**_settings)
