@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.configuration import SmallThinkerConfig
+from model.grouped import grouped_experts
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
 
@@ -181,12 +182,15 @@ class Experts(nn.Module):
         flat_R = experts_TK.reshape(-1)
         sorted_R, order_R = torch.sort(flat_R, stable=True)
         tokens_R = torch.div(order_R, experts_TK.shape[1], rounding_mode="floor")
-        weights_R = weights_TK.reshape(-1).index_select(0, order_R)
         counted_R = None if valid_T is None else valid_T.index_select(0, tokens_R)
         counts_E = count_experts(experts_TK, self.num_experts, None)
         if backend == "grouped":
-            y_RD, active_RF = self._grouped(m_TD.index_select(0, tokens_R), counts_E)
+            ends_E = counts_E.cumsum(0).to(torch.int32)
+            out_TD, active_R = grouped_experts(
+                m_TD, weights_TK, order_R, ends_E, self.gate_up_proj, self.down_proj
+            )
         else:
+            weights_R = weights_TK.reshape(-1).index_select(0, order_R)
             sizes = counts_E.tolist()
             if m_TD.dtype != torch.float32:
                 # Low-precision products on CPUs compile a kernel per shape (oneDNN), and an expert's number of
@@ -202,11 +206,11 @@ class Experts(nn.Module):
                 weights_R = weights_R.new_zeros(rows).index_copy(0, slots_R, weights_R)
                 sorted_R = sorted_R.new_zeros(rows).index_copy(0, slots_R, sorted_R)
             y_RD, active_RF = self._loop(m_TD.index_select(0, tokens_R), sizes)
-        y_RD = y_RD * weights_R[:, None]
-        # Rows are in ascending expert order, so on a CPU this adds in the order of the official code.
-        out_TD = torch.zeros_like(m_TD).index_add_(0, tokens_R, y_RD.to(m_TD.dtype))
-        with torch.no_grad():
+            y_RD = y_RD * weights_R[:, None]
+            # Rows are in ascending expert order, so on a CPU this adds in the order of the official code.
+            out_TD = torch.zeros_like(m_TD).index_add_(0, tokens_R, y_RD.to(m_TD.dtype))
             active_R = active_RF.sum(dim=-1)
+        with torch.no_grad():
             if counted_R is not None:
                 active_R = active_R * counted_R
             active_E = torch.zeros_like(counts_E).scatter_add_(0, sorted_R, active_R)
@@ -218,14 +222,6 @@ class Experts(nn.Module):
             m_RD, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), sizes
         )
         return y_RD, active_RF
-
-    def _grouped(self, m_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_up_EDC = self.gate_up_proj.to(m_RD.dtype).transpose(1, 2)
-        down_EFD = self.down_proj.to(m_RD.dtype).transpose(1, 2)
-        gate_RF, up_RF = F.grouped_mm(m_RD, gate_up_EDC, offs=ends_E).chunk(2, dim=-1)
-        gate_RF = F.relu(gate_RF)
-        return F.grouped_mm(gate_RF * up_RF, down_EFD, offs=ends_E), gate_RF.detach() > 0
 
     def _dense(
         self, m_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, valid_T: Tensor | None

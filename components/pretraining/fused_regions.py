@@ -75,7 +75,9 @@ class _Region(fx.Interpreter):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         part, phase, self._window = self._ledger.running()
         with self._ledger.within("attention" if self._attends else part, "backward" if self._backward else phase):
-            return super().run(*args, **kwargs)
+            out = super().run(*args, **kwargs)
+        self.env, self.args_iter = {}, iter(())  # else the last results live until the next run
+        return out
 
     def run_node(self, n: fx.Node) -> Any:
         with self._ledger.suspended():

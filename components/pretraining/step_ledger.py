@@ -334,7 +334,8 @@ class StepLedger(TorchDispatchMode):
         name = packet.__name__ if packet is not None else func.name()
         if name.startswith("_record_function"):
             return self._record(name, func, args, kwargs)
-        if self._suspended or (packet is not None and func.namespace == "prim"):
+        compiling = torch._guards.TracingContext.try_get() is not None
+        if self._suspended or compiling or (packet is not None and func.namespace == "prim"):
             return func(*args, **kwargs)
         out = func(*args, **kwargs)
         results = tensors_in(out)
