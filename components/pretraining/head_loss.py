@@ -69,23 +69,28 @@ class _FusedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits_rV = x_RD[part] @ head_VD.t()
             losses_R[part], gradient_rV = losses_and_gradient(logits_rV, labels_R[part])
+            del logits_rV  # a gigabyte at full sizes, which the next chunk needs
             if grad_x_RD is not None and grad_head_VD is not None:
                 torch.mm(gradient_rV, head_VD, out=grad_x_RD[part])
                 if head_VD.dtype == torch.float32:
                     grad_head_VD.addmm_(gradient_rV.t(), x_RD[part])
                 else:
                     grad_head_VD += gradient_rV.t() @ x_RD[part]
-        ctx.save_for_backward(grad_x_RD, grad_head_VD)
+            del gradient_rV
+        # Not by save_for_backward: the backward pass scales them in place.
+        ctx.gradients = grad_x_RD, grad_head_VD
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(losses_R)
         return losses_R.mean(), losses_R
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_x_RD, grad_head_VD = ctx.saved_tensors
+        (grad_x_RD, grad_head_VD), ctx.gradients = ctx.gradients, (None, None)
+        if grad_x_RD is None:
+            raise RuntimeError("The loss's gradient was already used; it cannot be taken twice.")
         factor = scale / grad_x_RD.shape[0]
-        grad_x = grad_x_RD * factor.to(grad_x_RD.dtype)
-        return grad_x, (grad_head_VD * factor).to(ctx.head_dtype), None, None
+        grad_x = grad_x_RD.mul_(factor.to(grad_x_RD.dtype))
+        return grad_x, grad_head_VD.mul_(factor).to(ctx.head_dtype), None, None
 
 
 def fused_token_losses(
