@@ -156,8 +156,8 @@ def memory_by_part(
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
     master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2): the
     experts' over the processes that hold the same ones, all others over all processes. Activations: with checkpointing
-    one residual stream per layer and one layer's working set; without, every layer's. The head holds its logits, their
-    fp32 copy and its gradient.
+    one residual stream per layer and one layer's working set; without, every layer's. The head holds its logits and
+    their gradient. Compared with allocations by ``components.pretraining.dry_run``, see docs/pretraining.md.
 
     Args:
         model: the architecture.
@@ -174,19 +174,28 @@ def memory_by_part(
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
     bucket = min(held, _BUCKET_ELEMENTS) * width_bytes
     gradients = held * width_bytes
+    largest = float(model.vocab_size * model.hidden_size)
+    largest += local_experts / model.num_hidden_layers * 2 / 3  # one layer's gate and up
     if config.zero_stage >= 2:
-        gradients = sharded * width_bytes + 2 * bucket
+        # DeepSpeed keeps whole tensors of which a partition holds any part.
+        gradients = min(held, sharded + largest) * width_bytes + 2 * bucket
     heads = model.num_attention_heads * model.head_dim
     crowding = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
     routed_bytes = crowding * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
     exchange_bytes = 0.0 if size == 1 else 2.0 * rows * model.hidden_size * width_bytes
     layer_bytes = tokens * (6 * model.hidden_size + 4 * heads) * width_bytes + routed_bytes
+    # What of a layer waits for its backward pass; the rest comes and goes.
+    saved_bytes = 3.0 * tokens * (model.hidden_size + heads) * width_bytes
+    saved_bytes += crowding * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
     residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
     layers = model.num_hidden_layers
-    logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * (2 * width_bytes + 8)
+    # Logits and their gradient; between them nothing is written on GPUs, and an fp32 copy of bf16 on CPUs.
+    copies_bytes = 2 * width_bytes + (4 if width_bytes == 2 and not config.hardware.gpus else 0)
+    logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * copies_bytes
     logits += model.vocab_size * model.hidden_size * 4  # the output matrix's gradient is gathered in fp32
-    activations = residual_bytes + layer_bytes if config.activation_checkpointing else layer_bytes * layers
+    kept_bytes = residual_bytes if config.activation_checkpointing else saved_bytes * (layers - 1)
+    activations = kept_bytes + layer_bytes
     parts = {
         "weights": float(held * width_bytes),
         "gradients": float(gradients),
@@ -196,6 +205,10 @@ def memory_by_part(
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * (1 if config.activation_checkpointing else layers)
+    # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too.
+    step_bytes = sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
+    if step_bytes > activations + logits:
+        parts["optimizer step, beyond"] = step_bytes - activations - logits
     if config.hardware.gpus:
         parts["CUDA, NCCL, fragmentation"] = _RESERVE_BYTES
     return parts
