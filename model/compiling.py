@@ -1,7 +1,7 @@
 """What ``torch.compile`` compiles with, chosen in one place: ``fast = compiled(function)``.
 
-A dry run without a GPU (``components.pretraining.dry_run``) replaces the backend, which writes kernels, by one that only
-accounts for them; everything up to the captured graph is then the same.
+A dry run without a GPU (``components.pretraining.dry_run``) replaces the backend, which writes kernels, by one that
+only accounts for them; everything up to the captured graph is then the same.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from torch import nn
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
+_made: list[list[Any]] = []  # what was compiled, by every function of compiled()
 _settings: dict[str, Any] = {"backend": "inductor", "fullgraph": False}
 
 
 def set_compile_backend(backend: str | Callable[..., Any], fullgraph: bool = False) -> None:
-    """From the next compilation on, use ``backend`` (as ``torch.compile`` takes it).
+    """From now on compile with ``backend`` (as ``torch.compile`` takes it); modules compiled before keep theirs.
 
     Args:
         backend: ``"inductor"``, or what stands in for it.
         fullgraph: raise where the graph breaks, instead of going on in pieces.
     """
     _settings.update(backend=backend, fullgraph=fullgraph)
+    for made in _made:
+        made.clear()
 
 
 def compiled(
@@ -34,6 +37,7 @@ def compiled(
 ) -> Callable[_Arguments, _Result]:
     """``torch.compile(function)`` when it is first called; ``dynamic`` as there."""
     made: list[Callable[_Arguments, _Result]] = []
+    _made.append(made)
 
     @wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

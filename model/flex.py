@@ -50,13 +50,20 @@ def document_blocks(documents_BT: Tensor, window: int | None) -> BlockMask:
 
     blocks = -(-tokens // _BLOCK)
     missing = blocks * _BLOCK - tokens
-    padded_BT = documents_BT if not missing else torch.cat(
-        (documents_BT, documents_BT[:, -1:].expand(-1, missing)), dim=1
+    padded_BT = (
+        documents_BT
+        if not missing
+        else torch.cat((documents_BT, documents_BT[:, -1:].expand(-1, missing)), dim=1)
     )
     low_BK, high_BK = padded_BT.unflatten(1, (blocks, _BLOCK)).aminmax(dim=-1)
     first_K = torch.arange(blocks, device=documents_BT.device) * _BLOCK
     last_K = first_K + (_BLOCK - 1)
-    low_BJ1, high_BJ1, first_J1, last_J1 = low_BK[..., None], high_BK[..., None], first_K[:, None], last_K[:, None]
+    low_BJ1, high_BJ1, first_J1, last_J1 = (
+        low_BK[..., None],
+        high_BK[..., None],
+        first_K[:, None],
+        last_K[:, None],
+    )
     some_JK, every_JK = first_K <= last_J1, last_K <= first_J1
     if window is not None:
         some_JK = some_JK & (first_J1 - last_K < window)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -276,6 +277,11 @@ def table(results: Sequence[dict[str, Any]], about: dict[str, str], peak_tflops:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: the table on stderr, JSON on stdout."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--dry-run" in given:
+        # In a process of its own: what it needs has to be loaded before torch.
+        rest = [argument for argument in given if argument != "--dry-run"]
+        return subprocess.call([sys.executable, "-m", "components.pretraining.dry_run", *rest])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -295,7 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--no-peer", action="store_true", help="without the plain loop (its fp32 weights need room)"
     )
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="dense bf16 peak, for the utilisation")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="estimate a GPU's step without one; options: dry_run --help"
+    )
+    options = parser.parse_args(given)
     config = benchmark_config(
         options.preset,
         2 + options.rounds * options.steps + 1,

@@ -1,8 +1,9 @@
-"""A training step on a GPU that is not there: ``python -m components.pretraining.dry_run --preset 4b --micro-batch 8``.
+"""A training step on a GPU that is not there: ``python -m components.pretraining.dry_run --preset 4b``.
 
-Runs the trainer's own micro-step, backward pass and optimizer of one process over fake CUDA tensors, which have a shape,
-a dtype and a device and no memory: the branches for CUDA are taken, their operators' checks apply, and whatever would
-make the host wait for the GPU is an error or listed. Says what the step would allocate, and a lower bound of its time.
+Runs the trainer's own micro-step, backward pass and optimizer of one process over fake CUDA tensors, which have a
+shape, a dtype and a device and no memory: the branches for CUDA are taken, their operators' checks apply, and whatever
+would make the host wait for the GPU is an error or listed. Says what the step would allocate, and a lower bound of its
+time.
 
 What stands in: DeepSpeed's engine (``FakeEngine`` allocates what its ZeRO 1 and 2 do; there are no collectives) and
 Inductor (``fused_regions``; graphs are captured as for it). No kernel runs, so no number comes out right or wrong.
@@ -131,14 +132,15 @@ class FakeEngine:
             kept = {id(parameter): gradient for parameter, gradient in self._reduced}
             for gradient in kept.values():
                 gradient.float().norm()
-            for parameters, master in zip(self._groups, self._masters, strict=True):
-                flat = torch.cat([kept[id(p)].view(-1) for p in parameters if id(p) in kept])[: master.numel()]
+            for parameters, master in zip(self._groups, self._masters, strict=True):  # one after the other
+                flat = torch.cat([kept[id(p)].view(-1) for p in parameters if id(p) in kept])[
+                    : master.numel()
+                ]
                 master.grad = flat.to(torch.float32)
                 ledger.label([master.grad], "gradients")
                 del flat
                 master.grad.mul_(1.0)  # clipping
-            self._optimizer.step()
-            for parameters, master in zip(self._groups, self._masters, strict=True):
+                self._optimizer.step()
                 master.grad = None
                 master.to(parameters[0].dtype)  # into the flat weights
             self._reduced, kept = [], {}
@@ -152,8 +154,8 @@ def dry_config(options: argparse.Namespace) -> PretrainConfig:
     config = benchmark_config(
         options.preset, 1, options.context, options.micro_batch, 1, options.layers, "cuda", 1
     )
-    recipe = PRESETS[options.preset]()
-    values = {**config.model_dump(), "precision": "bf16", "zero_stage": recipe.zero_stage}
+    stage = 1 if options.processes == 1 else PRESETS[options.preset]().zero_stage
+    values = {**config.model_dump(), "precision": "bf16", "zero_stage": stage}
     if options.loss_chunk:
         values["loss_chunk_tokens"] = options.loss_chunk
     if options.no_checkpointing:
@@ -249,8 +251,15 @@ def dry_run(
             for cost in (ledger.total(part),)
         },
         "operators": [
-            {"part": key[0], "phase": key[1], "operator": key[2], "bound_s": cost.bound_s, "kernels": cost.kernels,
-             "flops": cost.flops, "moved_bytes": cost.moved_bytes}
+            {
+                "part": key[0],
+                "phase": key[1],
+                "operator": key[2],
+                "bound_s": cost.bound_s,
+                "kernels": cost.kernels,
+                "flops": cost.flops,
+                "moved_bytes": cost.moved_bytes,
+            }
             for key, cost in operators
         ],
         "host_waits": dict(ledger.waits),
@@ -297,35 +306,48 @@ def table(result: dict[str, Any], operators: int) -> str:
     waits = result["host_waits"]
     lines.append(f"host waits for the GPU in a micro-step: {sum(waits.values())}")
     lines += [f"  {count} x {where}" for where, count in waits.items()]
-    lines.append(f"graphs captured {result['graphs']}, again in the second micro-step {result['compiled_again']}")
+    lines.append(
+        f"graphs captured {result['graphs']}, of them in a later micro-step {result['compiled_again']}"
+    )
     return "\n".join(lines)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that only a dry run has."""
-    parser.add_argument("--processes", type=int, default=0, help="that share the optimizer; 0: the recipe's GPUs")
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="4b")
+    parser.add_argument("--context", type=int, default=0, help="tokens of a sequence; 0: the recipe's")
+    parser.add_argument(
+        "--micro-batch", type=int, default=0, help="sequences of a forward pass; 0: the recipe's"
+    )
+    parser.add_argument("--layers", type=int, default=0, help="fewer layers; 0: the recipe's")
+    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of the GPU")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="that share the optimizer; 0: the recipe's GPUs"
+    )
     parser.add_argument("--memory-bandwidth-tbs", type=float, default=3.35, help="of the GPU")
-    parser.add_argument("--loss-chunk", type=int, default=0, help="tokens of a chunk of the loss; 0: the recipe's")
+    parser.add_argument(
+        "--loss-chunk", type=int, default=0, help="tokens of a chunk of the loss; 0: the recipe's"
+    )
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--operators", type=int, default=12, help="how many of the dearest operators to list")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line: the table on stderr, JSON on stdout."""
     from components.pretraining.fake_cuda import load_fake_cuda
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="4b")
-    parser.add_argument("--context", type=int, default=0, help="tokens of a sequence; 0: the recipe's")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences of a forward pass; 0: the recipe's")
-    parser.add_argument("--layers", type=int, default=0, help="fewer layers; 0: the recipe's")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense bf16 peak of the GPU")
-    add_options(parser)
-    options = parser.parse_args(arguments)
+    command = parser()
+    options = command.parse_args(arguments)
+    if PRESETS[options.preset]().expert_parallel > 1:
+        sys.stderr.write("Expert parallelism is left out: all experts on one process, no all-to-all.\n")
     try:
         load_fake_cuda()
     except StageError as error:
-        parser.error(str(error))
+        command.error(str(error))
     config = dry_config(options)
     processes = options.processes or max(1, PRESETS[options.preset]().hardware.gpus)
     began = time.perf_counter()

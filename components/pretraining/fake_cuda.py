@@ -43,7 +43,15 @@ def _library(torch_folder: Path) -> Path:
         return library
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         made, libraries = Path(folder) / library.name, torch_folder / "lib"
-        command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{torch_folder / 'include'}", str(_SOURCE)]
+        command = [
+            compiler,
+            "-std=c++20",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            f"-I{torch_folder / 'include'}",
+            str(_SOURCE),
+        ]
         command += [f"-L{libraries}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{libraries}", "-o", str(made)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -52,7 +60,9 @@ def _library(torch_folder: Path) -> Path:
                 f"A dry run compiles one small file and finds no C++ compiler {compiler!r}; set CXX."
             ) from error
         except subprocess.CalledProcessError as error:
-            raise StageError(f"{compiler} could not compile {_SOURCE.name}:\n{error.stderr[-2000:]}") from error
+            raise StageError(
+                f"{compiler} could not compile {_SOURCE.name}:\n{error.stderr[-2000:]}"
+            ) from error
         made.rename(library)
     return library
 
@@ -64,7 +74,9 @@ def load_fake_cuda() -> None:
         StageError: torch was imported before, is missing, or there is no C++ compiler.
     """
     if "torch" in sys.modules:
-        raise StageError("Fake CUDA must be loaded before torch is imported; run the dry run in its own process.")
+        raise StageError(
+            "Fake CUDA must be loaded before torch is imported; run the dry run in its own process."
+        )
     folder = _torch_folder()
     if any((folder / "lib").glob("libtorch_cuda.*")):
         return

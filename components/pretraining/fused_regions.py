@@ -12,11 +12,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import (  # type: ignore[import-untyped]
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from components.pretraining.step_ledger import StepLedger, extent_bytes, operator_bytes, operator_flops, tensors_in
+from components.pretraining.step_ledger import (
+    StepLedger,
+    extent_bytes,
+    operator_bytes,
+    operator_flops,
+    tensors_in,
+)
 
 _KERNELS = {"mm", "bmm", "addmm", "_grouped_mm", "flex_attention", "flex_attention_backward"}
 
@@ -35,7 +44,9 @@ def _is_kernel(node: fx.Node) -> bool:
 def _is_alias(node: fx.Node) -> bool:
     """A view, or one of several results."""
     target = node.target
-    return node.op == "call_function" and (getattr(target, "is_view", False) or getattr(target, "__name__", "") == "getitem")
+    return node.op == "call_function" and (
+        getattr(target, "is_view", False) or getattr(target, "__name__", "") == "getitem"
+    )
 
 
 def written_nodes(graph: fx.Graph) -> set[fx.Node]:
@@ -43,7 +54,8 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
     written: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         read = any(
-            user.op == "output" or _is_kernel(user) or (_is_alias(user) and user in written) for user in node.users
+            user.op == "output" or _is_kernel(user) or (_is_alias(user) and user in written)
+            for user in node.users
         )
         if read or _is_kernel(node) or node.op == "placeholder":
             written.add(node)
@@ -74,7 +86,9 @@ class _Region(fx.Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         part, phase, self._window = self._ledger.running()
-        with self._ledger.within("attention" if self._attends else part, "backward" if self._backward else phase):
+        with self._ledger.within(
+            "attention" if self._attends else part, "backward" if self._backward else phase
+        ):
             out = super().run(*args, **kwargs)
         self.env, self.args_iter = {}, iter(())  # else the last results live until the next run
         return out
@@ -90,7 +104,9 @@ class _Region(fx.Interpreter):
             flops = operator_flops(name, args, self._window)
             self._ledger.charge(name, flops, operator_bytes(name, args, kwargs, out))
         else:
-            self._ledger.charge("fused", 0.0, self._bytes[n] + sum(self._bytes[leaf] for leaf in self._sources[n]))
+            self._ledger.charge(
+                "fused", 0.0, self._bytes[n] + sum(self._bytes[leaf] for leaf in self._sources[n])
+            )
         self._ledger.allocated(tensors_in(out))
         return out
 

@@ -1,11 +1,11 @@
-"""What a step allocates, moves and multiplies, operator by operator: ``with StepLedger(989e12, 3.35e12) as ledger: step()``.
+"""What a step allocates, moves and multiplies, operator by operator: ``with StepLedger(989e12, 3.35e12) as ledger``.
 
 Runs over fake tensors and adds up what each operator would cost on a GPU: the memory of live storages and its peak,
 FLOPs, bytes read and written, and from both the least time it could take. Caches are not counted, nor kernels' own
 scratch memory, nor launches: an estimate, not a measurement.
 
-Parts are told apart as in :mod:`components.pretraining.profiling`: forward operators by the module they ran in, backward
-operators by the forward operator that created them.
+Parts are told apart as in :mod:`components.pretraining.profiling`: forward operators by the module they ran in,
+backward operators by the forward operator that created them.
 """
 
 # mypy: allow-untyped-calls
@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,20 @@ from torch.utils._pytree import tree_iter
 
 from components.pretraining.profiling import PREFIX
 
+if TYPE_CHECKING:
+    from model import SmallThinkerForCausalLM
+
 _ALLOCATION_BYTES = 512  # CUDA's allocator rounds up to these
 _aten, _higher = torch.ops.aten, torch.ops.higher_order
-_FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "set_", "_local_scalar_dense"} | {
-    "_unsafe_view", "_reshape_alias", "lift_fresh", "alias"
-}
+_FREE = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "set_",
+    "_local_scalar_dense",
+} | {"_unsafe_view", "_reshape_alias", "lift_fresh", "alias"}
 # Of their first tensor these read only as much as they write.
 _GATHERS = {"index_select", "gather", "embedding", "index"}
 # They touch of their target only what they are given.
@@ -119,13 +128,13 @@ def operator_flops(name: str, args: Sequence[Any], window: int | None) -> float:
     five (the scores are computed again).
     """
     if name in ("mm", "bmm", "_grouped_mm"):
-        return 2.0 * args[0].numel() * args[1].shape[-1]
+        return 2.0 * float(args[0].numel() * args[1].shape[-1])
     if name in ("addmm", "addmm_", "baddbmm"):
-        return 2.0 * args[1].numel() * args[2].shape[-1]
+        return 2.0 * float(args[1].numel() * args[2].shape[-1])
     if name in ("flex_attention", "flex_attention_backward"):
         batch, heads, tokens, head_dim = args[0].shape
         products = 2 if name == "flex_attention" else 5
-        return 2.0 * products * batch * heads * head_dim * _causal_pairs(tokens, window)
+        return 2.0 * products * float(batch * heads * head_dim) * _causal_pairs(int(tokens), window)
     return 0.0
 
 
@@ -181,13 +190,13 @@ class StepLedger(TorchDispatchMode):
         self._window: int | None = None
         self._backward_phase = "recomputation"
         self._owners: dict[int, tuple[str, int | None]] = {}
-        self._sequence = torch.autograd._get_sequence_nr()
+        self._sequence = torch._C._autograd._get_sequence_nr()
         self._suspended = False
         self._handles: list[Any] = []
 
     # --- who is running -------------------------------------------------------------------------------------------
 
-    def watch(self, model: nn.Module) -> None:
+    def watch(self, model: SmallThinkerForCausalLM) -> None:
         """Tell the modules of ``model`` apart, once those to be compiled are: hooks in them would be compiled too."""
         from model.attention import Attention
         from model.experts import Experts, Router
@@ -231,7 +240,7 @@ class StepLedger(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         part = self._parts[-1] if self._parts else "rest"
         if node is None:
-            now = torch.autograd._get_sequence_nr()
+            now = torch._C._autograd._get_sequence_nr()
             for number in range(self._sequence, now):
                 self._owners.setdefault(number, (part, self._window))
             self._sequence = now
@@ -279,7 +288,7 @@ class StepLedger(TorchDispatchMode):
         if tensor.device.type != self._device_type:
             return None
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = int(storage._cdata)
         if key not in self._live:
             rounded = -(-int(storage.nbytes()) // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
             self._live[key] = _Allocation(rounded, kind, part)

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
+from model.flex import document_blocks
 from model.masks import build_layer_mask
 from tests.model.factory import tiny, token_ids
 
@@ -132,3 +134,48 @@ def test_block_masks_equal_masks_in_memory(tokens: int, padded: bool) -> None:
     with torch.no_grad():
         blind = model(ids_BT, document_ids=torch.zeros_like(documents_BT)).logits
     assert (blind - outputs[0]).abs().max() > 1e-3  # the documents matter
+
+
+@pytest.mark.parametrize("window", [None, 1, 129, 256, 400])
+@pytest.mark.parametrize("density", [0.0, 0.003, 0.02, 0.3])
+def test_block_masks_are_those_that_torch_makes_from_every_pair(window: int | None, density: float) -> None:
+    for tokens in (64, 128, 300, 512):
+        starts_BT = torch.rand(3, tokens, generator=torch.Generator().manual_seed(tokens)) < density
+        documents_BT = starts_BT.long().cumsum(dim=1)
+
+        def allowed(
+            b: torch.Tensor,
+            h: torch.Tensor,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            documents_BT: torch.Tensor = documents_BT,
+        ) -> torch.Tensor:
+            seen = (query >= key) & (documents_BT[b, query] == documents_BT[b, key])
+            return seen if window is None else seen & (query - key < window)
+
+        expected = create_block_mask(
+            lambda b, h, q, k: allowed(b, h, q, k), 3, None, tokens, tokens, device="cpu"
+        )
+        found = document_blocks(documents_BT, window)
+        assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
+        for kind in ("", "full_"):
+            for name in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+                assert torch.equal(getattr(found, kind + name), getattr(expected, kind + name)), (
+                    tokens,
+                    name,
+                )
+
+
+def test_block_masks_cover_documents_whose_numbers_fall() -> None:
+    """Padding is a document of number -1 at either end: every visible pair lies in a block that is computed."""
+    documents_BT = torch.tensor([[-1] * 130 + [0] * 100 + [3] * 60 + [1] * 94 + [-1] * 256])
+    found = document_blocks(documents_BT, None)
+    slots_T = torch.arange(documents_BT.shape[1])
+    seen_TT = (slots_T[:, None] >= slots_T) & (documents_BT[0][:, None] == documents_BT[0])
+    seen_JKqk = seen_TT.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2)
+    computed_JK, whole_JK = torch.zeros(5, 5, dtype=torch.bool), torch.zeros(5, 5, dtype=torch.bool)
+    for j in range(5):
+        whole_JK[j, found.full_kv_indices[0, 0, j, : found.full_kv_num_blocks[0, 0, j]].long()] = True
+        computed_JK[j, found.kv_indices[0, 0, j, : found.kv_num_blocks[0, 0, j]].long()] = True
+    assert ((computed_JK | whole_JK) >= seen_JKqk.flatten(2).any(2)).all()
+    assert (whole_JK <= seen_JKqk.flatten(2).all(2)).all() and whole_JK.any()

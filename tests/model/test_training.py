@@ -37,6 +37,39 @@ def test_backends_give_the_gradients_of_the_dense_form(backend: str, softmax: bo
         assert torch.allclose(found[name], value, atol=1e-5, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_experts_equal_the_loop(dtype: torch.dtype, padded: bool) -> None:
+    """Outputs, counts and gradients on rows that leave one expert idle, against the loop in float32."""
+    experts, generator = tiny().model.layers[0].block_sparse_moe.experts, torch.Generator().manual_seed(3)
+    count, width, top_k = experts.num_experts, experts.down_proj.shape[1], 2
+    m_TD = torch.randn(37, width, generator=generator)
+    chosen_TK = torch.stack([torch.randperm(count - 1, generator=generator)[:top_k] for _ in range(37)])
+    weights_TK = torch.rand(37, top_k, generator=generator)
+    g_TD = torch.randn(37, width, generator=generator)
+    valid_T = torch.arange(37) < 30 if padded else None
+    for parameter in experts.parameters():  # both see the same rounded values
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+        parameter.data = parameter.data.to(dtype).float()
+    results = []
+    for backend, working in (("loop", torch.float32), ("grouped", dtype)):
+        copied = copy.deepcopy(experts).to(working)
+        copied.backend = backend
+        m, weights = (x.to(dtype).to(working).requires_grad_() for x in (m_TD, weights_TK))
+        out_TD, active_E = copied(m, weights, chosen_TK, valid_T)
+        out_TD.backward(g_TD.to(dtype).to(working))
+        found = (out_TD, m.grad, weights.grad, copied.gate_up_proj.grad, copied.down_proj.grad)
+        results.append(([x.detach().float() for x in found], active_E))
+    (expected, active_E), (found, grouped_active_E) = results
+    assert torch.equal(found[3][count - 1], torch.zeros_like(found[3][count - 1]))
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    for one, other in zip(expected, found, strict=True):
+        assert (other - one).norm() <= bound * one.norm()
+    assert grouped_active_E.sum() > 0
+    if dtype == torch.float32:
+        assert torch.equal(grouped_active_E, active_E)
+
+
 def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:
     model = tiny(moe_num_active_primary_experts=1)
     model.set_expert_backend("loop")
