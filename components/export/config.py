@@ -54,8 +54,8 @@ class ExportConfig(StageConfig):
     )
     head_predictor: HeadPredictorConfig | None = Field(
         None,
-        description="train a predictor of the output rows that matter and write it into the GGUF files, for runtime_cpu "
-        "when it is asked to use it; llama.cpp then refuses these files; null writes none",
+        description="train a predictor of the output rows that matter and write it into the GGUF files, for "
+        "runtime_cpu when it is asked to use it; llama.cpp then refuses these files; null writes none",
     )
     onnx: bool = Field(True, description="write and verify an ONNX graph of the whole-sequence forward pass")
     onnx_max_parameters: int = Field(
