@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Spinning threads starve whatever shares their cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup teacher pipeline plan test unit smoke lint format bench orchestrator lock clean
+.PHONY: help setup teacher pipeline plan test unit smoke most rest lint format bench orchestrator lock clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,13 +33,21 @@ plan: setup ## what `make pipeline` would run, and why
 	@$(PY) -m flows.pipeline --recipe $(RECIPE) --plan $(ARGS)
 
 test: lint ## everything: style, types, tests, sanitizers, the smallest pipeline end to end
-	@$(MAKE) --no-print-directory -j2 --output-sync=target unit smoke # each keeps about one core busy
+	@$(MAKE) --no-print-directory -j2 --output-sync=target most rest # each keeps about one core busy
 
 unit: setup
 	$(PY) -m pytest $(ARGS)
 
 smoke: setup
 	$(PY) -m pytest -m pipeline tests/flows $(ARGS)
+
+# Two halves of about the same length.
+LONGEST := tests/runtime_cpu/test_sanitizers.py::test_core_under_address_and_undefined_behaviour_sanitizers
+most: setup
+	$(PY) -m pytest --deselect $(LONGEST) $(ARGS)
+rest: setup
+	$(PY) -m pytest -m pipeline tests/flows $(ARGS)
+	$(PY) -m pytest $(LONGEST) $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format
 	.venv/bin/ruff check .
