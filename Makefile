@@ -45,8 +45,7 @@ smoke: setup
 LONGEST := tests/runtime_cpu/test_sanitizers.py::test_core_under_address_and_undefined_behaviour_sanitizers
 most: setup
 	$(PY) -m pytest --deselect $(LONGEST) $(ARGS)
-rest: setup
-	$(PY) -m pytest -m pipeline tests/flows $(ARGS)
+rest: smoke
 	$(PY) -m pytest $(LONGEST) $(ARGS)
 
 lint: setup ## ruff, mypy, clang-format
