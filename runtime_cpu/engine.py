@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from numpy.typing import NDArray
 from runtime_cpu import _core
 from runtime_cpu.batching import Batcher
 from runtime_cpu.chat_template import ChatTemplate
+from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head_predictor import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
@@ -101,7 +101,7 @@ class ModelInfo:
     warnings: tuple[str, ...]
 
 
-class Engine:
+class Engine(ClosedAtExit):
     """A model ready to run. Open it with :meth:`open`; close it with :meth:`close` or ``with``."""
 
     def __init__(
@@ -389,17 +389,6 @@ class Engine:
             self._runtime = None
         with self._sessions_changed:
             self._idle.clear()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_runtime(self) -> _core.Runtime:
         if self._runtime is None:

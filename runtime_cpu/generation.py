@@ -18,11 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu._core import Sampler
+from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.lookup import MOST_DRAFTED, Pace, PromptLookup
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from runtime_cpu.engine import Engine
 
 
@@ -164,7 +163,7 @@ class SamplingOptions:
                 raise ValueError(f"logit_bias[{token_id}] is {bias}; allowed is [-1e9, 1e9] or -inf")
 
 
-class Generation(Iterator[Token]):
+class Generation(ClosedAtExit, Iterator[Token]):
     """The iterator that :meth:`Engine.generate` returns. ``close()`` cancels; so does leaving the ``with`` block.
 
     Nothing is computed before the first ``next()``. It may be driven from changing threads, one at a time.
@@ -180,17 +179,6 @@ class Generation(Iterator[Token]):
 
     def __next__(self) -> Token:
         return next(self._tokens)
-
-    def __enter__(self) -> Generation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop and free the sequence. Harmless when already finished."""

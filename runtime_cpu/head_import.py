@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu.checkpoint_files import CheckpointError
+from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.gguf_writer import TensorInfo, Value
 from runtime_cpu.quantiser import BLOCK, WeightError, encode
 from runtime_cpu.torch_file import TorchFile
@@ -28,7 +28,7 @@ _AT_ONCE = 1 << 20  # weights; whole blocks
 _PARTS = {"head_predictor.down.weight": "fc1.weight", "head_predictor.up.weight": "fc2.weight"}
 
 
-class ImportedPredictor:
+class ImportedPredictor(ClosedAtExit):
     """A checked file, open for reading; a context manager.
 
     Attributes:
@@ -76,17 +76,6 @@ class ImportedPredictor:
     def close(self) -> None:
         """Close the file; harmless when it is closed."""
         self._file.close()
-
-    def __enter__(self) -> ImportedPredictor:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def check_model(self, name: str, hidden: int, vocab: int) -> None:
         """Refuse a model of other sizes.

@@ -16,13 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu.checkpoint_files import CheckpointError, StoredTensor, WeightFile, read_json
+from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.gguf_writer import GGUFWriter, TensorInfo, Value
 from runtime_cpu.head_import import ImportedPredictor
 from runtime_cpu.huggingface_config import EMBEDDING, HEAD, ConfigReader, FolderConfig, FolderTensor
@@ -37,7 +37,7 @@ _BUFFER = "rotary_emb.inv_freq"  # older files store it; it follows from rope_th
 _AT_ONCE = 1 << 21
 
 
-class HuggingFaceFolder:
+class HuggingFaceFolder(ClosedAtExit):
     """A checked folder, open for reading; a context manager.
 
     Attributes:
@@ -82,17 +82,6 @@ class HuggingFaceFolder:
         """Close the files."""
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> HuggingFaceFolder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def infos(self, kind: str, predictor: ImportedPredictor | None = None) -> list[TensorInfo]:
         """The tensors of a file of type ``kind``, a key of :data:`WEIGHT_TYPES`.

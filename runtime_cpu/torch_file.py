@@ -20,13 +20,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu.checkpoint_files import CheckpointError
+from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.quantiser import STORAGE
 
 MAX_PICKLE_BYTES = 64 << 10  # two tensors need 400
@@ -71,7 +71,7 @@ class _Refused(Exception):
     """What the pickle asks for, as the end of a sentence."""
 
 
-class TorchFile:
+class TorchFile(ClosedAtExit):
     """One file, open for reading; a context manager.
 
     Attributes:
@@ -104,17 +104,6 @@ class TorchFile:
     def close(self) -> None:
         """Close the file; harmless when it is closed."""
         self._file.close()
-
-    def __enter__(self) -> TorchFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def read(self, name: str, at_once: int) -> Iterator[NDArray[Any]]:
         """The tensor ``name`` in slices of at most ``at_once`` elements, with dtype ``STORAGE[tensor.dtype]``.
