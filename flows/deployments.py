@@ -72,14 +72,25 @@ def _make_flow(name: str, recipe: str, until: str | None, description: str) -> F
 
 @contextmanager
 def _prefect_server() -> Iterator[None]:
-    """The running server that ``prefect.toml`` names, else a temporary one with the same database."""
+    """The running server that ``prefect.toml`` names, else a temporary one with the same database.
+
+    Raises:
+        StageError: neither can be had.
+    """
     url = PREFECT_API_URL.value()
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=1):
             pass
     except (OSError, ValueError):
         server = SubprocessASGIServer()
-        server.start()
+        try:
+            server.start()
+        except RuntimeError as error:
+            server.stop()
+            raise StageError(
+                f"the temporary Prefect server did not start ({error}); --plain runs without Prefect, and "
+                "`make orchestrator` starts a server that stays"
+            ) from error
         try:
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield

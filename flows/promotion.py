@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from components.tracking.registry import ModelRegistry
 from flows.runner import StageOutcome
+
+if TYPE_CHECKING:
+    from components.tracking.registry import ModelRegistry
 
 # alias -> (stage, metric, higher is better): the figure that must not be worse than the present holder's.
 GATES: dict[str, tuple[str, str, bool]] = {

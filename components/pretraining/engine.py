@@ -18,9 +18,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from components.artifacts import StageError
-from components.pretraining.batches import accumulation_steps
 from components.pretraining.config import OptimizerPart, PretrainConfig
-from components.pretraining.mesh import Mesh
+from components.pretraining.mesh import Mesh, accumulation_steps
 
 if TYPE_CHECKING:
     from model import SmallThinkerForCausalLM

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
-from components.pretraining.batches import groups_fit
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.curriculum import Curriculum
 from components.pretraining.flops import active_parameters, training_flops_per_token
-from components.pretraining.mesh import Mesh
+from components.pretraining.mesh import Mesh, groups_fit
 
 if TYPE_CHECKING:
     from model import SmallThinkerConfig
@@ -306,6 +305,8 @@ def preflight(config: PretrainConfig) -> list[str]:
     if problems:
         return problems
     hardware = config.hardware
+    if not hardware.gpus and config.device != "cuda":
+        return []  # torch takes seconds to import
     found, memory = gpus_here(os.environ)
     if hardware.gpus > found:
         problems.append(

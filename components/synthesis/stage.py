@@ -35,7 +35,6 @@ from components.synthesis.tally import Tally
 from components.synthesis.tasks import task_rows
 from components.synthesis.teacher import Teacher, open_teacher, teacher_name
 
-VERSION = 1
 DOCUMENTS_NAME = "documents.jsonl"
 SFT_NAME = "sft.jsonl"
 COUNTS_NAME = "counts.json"

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from flows import deployments
+from flows.pipeline import EXIT_USER_ERROR
 from flows.runner import PROJECT
 
 PREFECT = PROJECT / ".venv/bin/prefect"
@@ -91,3 +93,24 @@ def test_the_short_name_runs_and_says_what_a_small_machine_lacks(orchestrator: d
     flat = " ".join(logs.split())
     assert "needs 256 GPUs" in flat
     assert "21,506,562,560 parameters" in flat
+
+
+def test_a_temporary_server_that_does_not_start_is_said_in_a_sentence(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": "http://127.0.0.1:9/api",
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1",  # it needs more to create its database
+    }
+    run = subprocess.run(
+        [sys.executable, "-m", "flows.pipeline", "--recipe", "smoke", "--root", str(tmp_path / "runs")],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == EXIT_USER_ERROR and "Traceback" not in run.stderr
+    assert "Prefect server did not start" in run.stderr and "--plain" in run.stderr
+    assert not (tmp_path / "runs/smoke").exists()

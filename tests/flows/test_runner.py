@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from components.artifacts import ArtifactError, StageError, read_manifest
+from flows.runner import PROJECT
 from tests.flows.conftest import TOY_STAGES
 
 
@@ -193,3 +196,17 @@ def test_a_torn_manifest_is_named(toy):
     path.write_text(path.read_text()[:100])
     with pytest.raises(ArtifactError, match=r"manifest.json is not a valid manifest"):
         toy().plan(TOY_STAGES)
+
+
+def test_a_plan_imports_nothing_that_takes_seconds() -> None:
+    """Torch, MLflow, the teacher's client and Prefect are for what really runs."""
+    script = (
+        "import sys\n"
+        "from flows.pipeline import main\n"
+        "code = main(['--recipe', 'nano', '--plan'])\n"
+        "print(code, sorted({'torch', 'mlflow', 'openai', 'prefect', 'pandas'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0 []\n"

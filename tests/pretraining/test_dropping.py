@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from components.pretraining.batches import accumulation_steps
 from components.pretraining.config import PretrainConfig
+from components.pretraining.mesh import accumulation_steps
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, run_config
 

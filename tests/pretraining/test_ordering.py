@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
-from components.pretraining.batches import BatchSource, accumulation_steps
+from components.pretraining.batches import BatchSource
 from components.pretraining.config import CATEGORIES, PretrainConfig
 from components.pretraining.curriculum import Curriculum
+from components.pretraining.mesh import accumulation_steps
 from components.pretraining.ordering import SequenceOrder, effective_mixture, permute, philox
 from components.tokenization import TokenShards
 from tests.pretraining.factory import CONTEXT, run_config, stage_config
