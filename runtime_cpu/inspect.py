@@ -209,9 +209,12 @@ def _memory(
 def table(report: Mapping[str, Any]) -> str:
     """The report for people."""
     file, model, tokenizer = report["file"], report["model"], report["tokenizer"]
+    keys = {key: value for key, value in file["keys"].items() if "checksum" not in key}
+    checksums = len(file["keys"]) - len(keys)
     lines = [
         f"{file['path']}: {format_bytes(file['bytes'])}, {file['layout']} layout",
-        *(f"  {key}: {str(value)[:_MAX_VALUE_CHARACTERS]}" for key, value in file["keys"].items()),
+        *(f"  {key}: {str(value)[:_MAX_VALUE_CHARACTERS]}" for key, value in keys.items()),
+        *([f"  {checksums} checksums (--json shows them)"] if checksums else []),
         *(f"  warning: {text}" for text in file["warnings"]),
         "",
         f"model       {model['name'] or 'without a name'}: {model['parameters'] / 1e6:,.1f} M parameters, "

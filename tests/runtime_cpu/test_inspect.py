@@ -89,6 +89,9 @@ def test_a_packed_file_reads_as_much_as_its_source(tmp_path: Path, tied: bool) -
     assert skips_silent_neurons(packed) and not skips_silent_neurons(stock, "reference")
     report = inspect(tmp_path / "packed.gguf")["per_token"]
     assert report["sparse_bytes"] == weight_bytes(packed, 0.62) < report["dense_bytes"]
+    shown = table(inspect(tmp_path / "packed.gguf"))
+    assert "checksums (--json shows them)" in shown and "checksum.blk" not in shown
+    assert "packed.version: 1" in shown
 
 
 def test_windowed_layers_read_their_window_only(tmp_path: Path) -> None:
