@@ -131,6 +131,7 @@ class PretrainConfig(StageConfig):
             "loss_chunk_tokens",
             "compile_layers",
             "activation_checkpointing",
+            "recompute_every",
             # How progress is kept.
             "checkpoint_every_steps",
             "keep_checkpoints",
@@ -203,6 +204,13 @@ class PretrainConfig(StageConfig):
         description="compile attention and norms of each layer (torch.compile), not the experts",
     )
     activation_checkpointing: bool = Field(default=False, description="recompute layers in the backward pass")
+    recompute_every: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        description="with activation_checkpointing, only every n-th layer is recomputed; the others keep their "
+        "activations: less work, more memory",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one"
     )
@@ -280,6 +288,10 @@ class PretrainConfig(StageConfig):
         """Sequences per forward pass in a stage (0-based): the first stage's token count, rounded down, at least 1."""
         tokens = self.sequences_per_micro_batch * self.stages[0].context
         return max(1, min(tokens // self.stages[stage].context, self.stages[stage].sequences_per_step))
+
+    def recomputed_layers(self, layers: int) -> int:
+        """How many of ``layers`` the backward pass recomputes."""
+        return -(-layers // self.recompute_every) if self.activation_checkpointing else 0
 
     @property
     def total_steps(self) -> int:

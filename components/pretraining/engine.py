@@ -180,7 +180,7 @@ def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks:
     if config.activation_checkpointing:
         # Nothing in a layer is random, so no generator's state has to be kept for the recomputation.
         keep = {"use_reentrant": False, "preserve_rng_state": False}
-        model.gradient_checkpointing_enable(keep)  # type: ignore[no-untyped-call]
+        model.activation_checkpointing_enable(keep, config.recompute_every)
     if config.compile_layers:
         compile_layers(model)
 
