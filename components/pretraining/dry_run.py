@@ -160,6 +160,8 @@ def dry_config(options: argparse.Namespace) -> PretrainConfig:
         values["loss_chunk_tokens"] = options.loss_chunk
     if options.no_checkpointing:
         values["activation_checkpointing"] = False
+    if options.recompute_every:
+        values["recompute_every"] = options.recompute_every
     return type(config).model_validate(values)
 
 
@@ -229,7 +231,7 @@ def dry_run(
         "micro_batch": micro,
         "processes": processes,
         "zero_stage": config.zero_stage,
-        "activation_checkpointing": config.activation_checkpointing,
+        "recomputed_layers": config.recomputed_layers(architecture.num_hidden_layers),
         "loss_chunk_tokens": config.loss_chunk_tokens,
         "peak_tflops": peak_tflops,
         "memory_bandwidth_tbs": bandwidth_tbs,
@@ -277,8 +279,7 @@ def table(result: dict[str, Any], operators: int) -> str:
     lines = [
         f"{result['preset']}, {result['layers']} layers, context {result['context']}, micro-batch "
         f"{result['micro_batch']}, one of {result['processes']} processes, ZeRO-{result['zero_stage']}, bf16, "
-        f"{'with' if result['activation_checkpointing'] else 'without'} checkpointing, loss in chunks of "
-        f"{result['loss_chunk_tokens']} tokens",
+        f"{result['recomputed_layers']} layers recomputed, loss in chunks of {result['loss_chunk_tokens']} tokens",
         "Estimated on fake tensors; nothing was measured.",
         f"peak memory   {result['peak_bytes'] / gb:.1f} GB in {result['peak_at']} (tensors only); micro-steps "
         f"{result['micro_step_peak_bytes'] / gb:.1f} GB; at rest {result['resting_bytes'] / gb:.1f} GB",
@@ -332,6 +333,13 @@ def parser() -> argparse.ArgumentParser:
         "--loss-chunk", type=int, default=0, help="tokens of a chunk of the loss; 0: the recipe's"
     )
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument(
+        "--recompute-every",
+        type=int,
+        default=0,
+        metavar="N",
+        help="recompute every n-th layer (0: as the recipe)",
+    )
     parser.add_argument("--operators", type=int, default=12, help="how many of the dearest operators to list")
     return parser
 

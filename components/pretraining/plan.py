@@ -141,7 +141,7 @@ def count_expert_parameters(model: SmallThinkerConfig) -> int:
 def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig) -> float:
     """Bytes per token that leave a process: rows to their experts and back, forward, backward and recomputed."""
     elsewhere = 1.0 - 1.0 / config.expert_parallel
-    passes = 6 if config.activation_checkpointing else 4
+    passes = 4 + 2 * config.recomputed_layers(model.num_hidden_layers) / model.num_hidden_layers
     width_bytes = 4 if config.precision == "fp32" else 2
     row_bytes = model.hidden_size * width_bytes
     return elsewhere * passes * model.moe_num_active_primary_experts * row_bytes * model.num_hidden_layers
@@ -154,9 +154,10 @@ def memory_by_part(
 
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
     master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2): the
-    experts' over the processes that hold the same ones, all others over all processes. Activations: with checkpointing
-    one residual stream per layer and one layer's working set; without, every layer's. The head holds its logits and
-    their gradient. Compared with allocations by ``components.pretraining.dry_run``, see docs/pretraining.md.
+    experts' over the processes that hold the same ones, all others over all processes. Activations: a recomputed layer
+    keeps its residual stream, any other what its backward pass needs; beside them one layer's whole working set. The
+    head holds its logits and their gradient. Compared with allocations by ``components.pretraining.dry_run``, see
+    docs/pretraining.md.
 
     Args:
         model: the architecture.
@@ -187,14 +188,15 @@ def memory_by_part(
     # What of a layer waits for its backward pass; the rest comes and goes.
     saved_bytes = 3.0 * tokens * (model.hidden_size + heads) * width_bytes
     saved_bytes += crowding * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
-    residual_bytes = tokens * model.hidden_size * width_bytes * model.num_hidden_layers
     layers = model.num_hidden_layers
+    recomputed = config.recomputed_layers(layers)
+    residual_bytes = tokens * model.hidden_size * width_bytes * recomputed
     # Logits and their gradient; between them nothing is written on GPUs, and an fp32 copy of bf16 on CPUs.
     copies_bytes = 2 * width_bytes + (4 if width_bytes == 2 and not config.hardware.gpus else 0)
     logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * copies_bytes
     logits += model.vocab_size * model.hidden_size * 4  # the output matrix's gradient is gathered in fp32
-    kept_bytes = residual_bytes if config.activation_checkpointing else saved_bytes * (layers - 1)
-    activations = kept_bytes + layer_bytes
+    # Of the layers that keep their activations the last is the one at work, unless one that is recomputed is.
+    activations = residual_bytes + saved_bytes * max(0, layers - max(1, recomputed)) + layer_bytes
     parts = {
         "weights": float(held * width_bytes),
         "gradients": float(gradients),
@@ -203,7 +205,7 @@ def memory_by_part(
         "logits and their gradient": float(logits),
     }
     if size > 1:
-        parts["all-to-all buffers"] = exchange_bytes * (1 if config.activation_checkpointing else layers)
+        parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
     # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too.
     step_bytes = sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
     if step_bytes > activations + logits:

@@ -109,6 +109,7 @@ def _full_size(
     final_batch: int,
     hardware: HardwarePart,
     micro_batch: int,
+    recompute_every: int,
     expert_parallel: int,
 ) -> PretrainConfig:
     # [ours] 85 % / 12 % / 3 %: the bulk on general text, then knowledge, then a short stage for length and
@@ -168,7 +169,8 @@ def _full_size(
         expert_parallel=expert_parallel,
         loss_chunk_tokens=4096,  # [ours] 151,936 logits a token: a whole long sequence's would fill the GPU
         compile_layers=True,  # [ours] norms and RoPE in one pass each; experts stay as they are, their sizes vary
-        activation_checkpointing=True,  # [ours] memory; costs a third more FLOPs in the layers
+        activation_checkpointing=True,  # [ours] memory; costs a third more FLOPs in the layers that are recomputed
+        recompute_every=recompute_every,  # [ours] as few layers as the memory asks for, see the plan
         device="cuda",
         threads=8,
         processes=8,
@@ -190,6 +192,7 @@ def pretrain_config_4b() -> PretrainConfig:
         final_context=32_768,
         final_batch=192,
         micro_batch=8,
+        recompute_every=2,
         expert_parallel=1,  # [ours] 8 GB of weights fit, and an expert gets 4096 rows: an exchange would only cost
         hardware=HardwarePart(gpus=64, gpu_memory_gb=80.0, peak_tflops=989.0, assumed_mfu=0.3),
     )
@@ -205,6 +208,7 @@ def pretrain_config_21b() -> PretrainConfig:
         final_context=16_384,
         final_batch=1024,
         micro_batch=1,
+        recompute_every=1,
         # [ours] One node, whose NVLink carries the all-to-all: 36 GB of weights less on each GPU, and 3072 instead of
         # 384 rows for each expert in a product.
         expert_parallel=8,
