@@ -188,7 +188,8 @@ class PretrainConfig(StageConfig):
     )
     zero_stage: Literal[1, 2] = Field(
         default=1,
-        description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too",
+        description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too. In bf16, "
+        "2 sums gradients over micro-steps in fp32 and 1 does not: 1 is for few micro-steps",
     )
     expert_parallel: int = Field(
         default=1,

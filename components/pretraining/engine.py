@@ -101,14 +101,20 @@ def join_processes(config: PretrainConfig) -> Ranks:
 
 
 def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own config for ``world`` processes at the first stage."""
+    """DeepSpeed's own config for ``world`` processes at the first stage.
+
+    Gradients of micro-steps are summed in fp32, but for bf16 with ZeRO-1: there the setting makes DeepSpeed 0.19.8 take
+    another optimizer class, whose checkpoints, norms and dropped steps are not those that this package knows.
+    """
     micro = config.micro_batch(0)
+    sums = {"grad_accum_dtype": "fp32"} if config.zero_stage >= 2 or precision == "fp32" else {}
     return {
         "train_batch_size": config.stages[0].sequences_per_step,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation_steps(config, 0, world),
         "gradient_clipping": config.optimizer.clip_norm,
         "bf16": {"enabled": precision == "bf16"},
+        "data_types": sums,
         "zero_optimization": {
             "stage": config.zero_stage,
             "overlap_comm": world > 1 and config.device == "cuda",
