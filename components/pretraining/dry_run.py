@@ -32,7 +32,7 @@ _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce bucket
 
 
 class FakeEngine:
-    """Stands for DeepSpeed's engine around ``model`` with ZeRO 1 or 2 (version 0.19.8, ``stage_1_and_2.py``).
+    """Stands for DeepSpeed's engine around ``model`` in bf16 with ZeRO 1 or 2 (version 0.19.8, ``stage_1_and_2.py``).
 
     Args:
         model: its weights in the working dtype.
@@ -58,14 +58,14 @@ class FakeEngine:
             size = -(-sum(p.numel() for p in parameters) // processes)
             self._masters.append(torch.nn.Parameter(torch.empty(size, dtype=torch.float32, device="cuda")))
             group["params"] = [self._masters[-1]]
-        # Whole parameters that touch this process's partition: it keeps their gradients.
-        self._kept: set[int] = set()
-        for parameters, master in zip(self._groups, self._masters, strict=True):
-            left = master.numel()
+        # Parameters that touch this process's partition (it is the first): their group and first element there.
+        self._places: dict[int, tuple[int, int]] = {}
+        for number, (parameters, master) in enumerate(zip(self._groups, self._masters, strict=True)):
+            start = 0
             for parameter in parameters:
-                if left > 0:
-                    self._kept.add(id(parameter))
-                left -= parameter.numel()
+                if start < master.numel():
+                    self._places[id(parameter)] = number, start
+                start += parameter.numel()
         part = config.optimizer
         self._optimizer = torch.optim.AdamW(groups, lr=part.peak_lr, eps=part.eps, fused=True)
         for master in self._masters:
@@ -74,7 +74,8 @@ class FakeEngine:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
-        self._reduced: list[Any] = []
+        self._reduced: list[Any] = []  # ZeRO-1: whole gradients
+        self._sums: dict[int, Any] = {}  # ZeRO-2: by group, of micro-steps, in fp32
         self._bucket: list[Any] = []
         if self._partitioned:
             for parameters in self._groups:
@@ -100,13 +101,22 @@ class FakeEngine:
             self._ledger.label(self._bucket, "gradients")
 
     def _reduce(self, parameter: Any) -> None:
-        """A finished gradient goes through the bucket; what this process keeps is copied to a place of its own."""
+        """A finished gradient goes through the bucket; what this process keeps is copied, or added in fp32."""
         gradient, parameter.grad = parameter.grad, None
         if gradient.numel() <= _BUCKET_ELEMENTS:
             self._bucket[0][: gradient.numel()].copy_(gradient.view(-1))
-        if id(parameter) in self._kept:
+        if id(parameter) not in self._places:
+            return
+        if not self._partitioned:
             self._reduced.append((parameter, gradient.clone()))
             self._ledger.label([self._reduced[-1][1]], "gradients")
+            return
+        group, start = self._places[id(parameter)]
+        if group not in self._sums:
+            self._sums[group] = self._torch.zeros_like(self._masters[group])
+            self._ledger.label([self._sums[group]], "gradients")
+        place = self._sums[group][start : start + gradient.numel()]
+        place.add_(gradient.view(-1)[: place.numel()].to(self._torch.float32))
 
     def backward(self, loss: Any) -> None:
         """Gradients of one micro-step."""
@@ -118,7 +128,7 @@ class FakeEngine:
         self._ledger.phase = "forward"
 
     def step(self) -> None:
-        """Gradients to fp32, their norm, AdamW on the master weights, and the weights from these."""
+        """Gradients to fp32, their norm, and by group AdamW on the master weights, and the weights from these."""
         torch, ledger = self._torch, self._ledger
         ledger.phase = "step"
         with torch.no_grad(), ledger.within("optimizer"):
@@ -130,15 +140,16 @@ class FakeEngine:
                             self._reduce(parameter)
             self._bucket = []
             kept = {id(parameter): gradient for parameter, gradient in self._reduced}
-            for gradient in kept.values():
+            for gradient in (*kept.values(), *self._sums.values()):
                 gradient.float().norm()
-            for parameters, master in zip(self._groups, self._masters, strict=True):  # one after the other
-                flat = torch.cat([kept[id(p)].view(-1) for p in parameters if id(p) in kept])[
-                    : master.numel()
-                ]
-                master.grad = flat.to(torch.float32)
-                ledger.label([master.grad], "gradients")
-                del flat
+            for number, (parameters, master) in enumerate(zip(self._groups, self._masters, strict=True)):
+                if self._partitioned:
+                    master.grad = self._sums.pop(number)
+                else:
+                    flat = torch.cat([kept[id(p)].view(-1) for p in parameters if id(p) in kept])
+                    master.grad = flat[: master.numel()].to(torch.float32)
+                    ledger.label([master.grad], "gradients")
+                    del flat
                 master.grad.mul_(1.0)  # clipping
                 self._optimizer.step()
                 master.grad = None

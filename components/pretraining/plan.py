@@ -153,11 +153,11 @@ def memory_by_part(
     """Estimated bytes per process and part, at the stage that needs most.
 
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
-    master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2): the
-    experts' over the processes that hold the same ones, all others over all processes. Activations: a recomputed layer
-    keeps its residual stream, any other what its backward pass needs; beside them one layer's whole working set. The
-    head holds its logits and their gradient. Compared with allocations by ``components.pretraining.dry_run``, see
-    docs/pretraining.md.
+    master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2; their
+    sums over micro-steps are in fp32): the experts' over the processes that hold the same ones, all others over all
+    processes. Activations: a recomputed layer keeps its residual stream, any other what its backward pass needs; beside
+    them one layer's whole working set. The head holds its logits and their gradient. Compared with allocations by
+    ``components.pretraining.dry_run``, see docs/pretraining.md.
 
     Args:
         model: the architecture.
@@ -174,11 +174,15 @@ def memory_by_part(
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
     bucket = min(held, _BUCKET_ELEMENTS) * width_bytes
     gradients = held * width_bytes
-    largest = float(model.vocab_size * model.hidden_size)
-    largest += local_experts / model.num_hidden_layers * 2 / 3  # one layer's gate and up
-    if config.zero_stage >= 2:
+    table = float(model.vocab_size * model.hidden_size)
+    gate_up = local_experts / model.num_hidden_layers * 2 / 3  # one layer's
+    sums_in_fp32 = config.zero_stage >= 2 and width_bytes == 2
+    if sums_in_fp32:
+        # Of micro-steps, beside one tensor on its way into them.
+        gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + 2 * bucket
+    elif config.zero_stage >= 2:
         # DeepSpeed keeps whole tensors of which a partition holds any part.
-        gradients = min(held, sharded + largest) * width_bytes + 2 * bucket
+        gradients = min(held, sharded + table + gate_up) * width_bytes + 2 * bucket
     heads = model.num_attention_heads * model.head_dim
     crowding = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
@@ -206,8 +210,8 @@ def memory_by_part(
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
-    # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too.
-    step_bytes = sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
+    # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too, if not before.
+    step_bytes = 0.0 if sums_in_fp32 else sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
     if step_bytes > activations + logits:
         parts["optimizer step, beyond"] = step_bytes - activations - logits
     if config.hardware.gpus:

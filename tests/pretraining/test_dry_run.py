@@ -97,6 +97,12 @@ def test_the_optimizers_state_is_shared_out(job: dict[str, Any]) -> None:
     assert job["recipe"]["peak_by_kind"][state] == pytest.approx(3 * parameters, rel=0.02)
 
 
+def test_gradients_are_summed_in_fp32_by_part(job: dict[str, Any]) -> None:
+    kinds = job["recipe"]["peak_by_kind"]  # four processes
+    buckets = 2 * 2 * 500_000_000
+    assert kinds["gradients"] - buckets == pytest.approx(4 * kinds["weights"] / 2 / 4, rel=0.02)
+
+
 def test_a_step_never_waits_for_the_gpu_nor_compiles_again(job: dict[str, Any]) -> None:
     for name in ("plain", "recipe"):
         assert job[name]["host_waits"] == {}
