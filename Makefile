@@ -42,7 +42,7 @@ smoke: setup
 	$(PY) -m pytest -m pipeline tests/flows $(ARGS)
 
 # Two halves of about the same length.
-LONGEST := tests/runtime_cpu/test_sanitizers.py::test_core_under_address_and_undefined_behaviour_sanitizers
+LONGEST := tests/runtime_cpu/test_sanitizers.py
 most: setup
 	$(PY) -m pytest --deselect $(LONGEST) $(ARGS)
 rest: smoke

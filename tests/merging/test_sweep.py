@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError
 from components.merging import run
@@ -131,6 +133,8 @@ def _parents(inputs: Inputs) -> tuple[Path, Path]:
 
 def _child(context: StageContext) -> None:
     torch.set_num_threads(1)
+    # Not the lock that a forked process shares with its parent: it may be killed while it holds it.
+    tqdm.set_lock(threading.RLock())
     run(context)
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError
 from components.posttraining import run
@@ -67,6 +69,8 @@ def _state(out: Path) -> dict[str, bytes]:
 
 def _child(context: StageContext) -> None:
     torch.set_num_threads(1)
+    # Not the lock that a forked process shares with its parent: it may be killed while it holds it.
+    tqdm.set_lock(threading.RLock())
     run(context)
 
 
