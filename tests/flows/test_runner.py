@@ -198,12 +198,12 @@ def test_a_torn_manifest_is_named(toy):
         toy().plan(TOY_STAGES)
 
 
-def test_a_plan_imports_nothing_that_takes_seconds() -> None:
+def test_a_plan_imports_nothing_that_takes_seconds(tmp_path: Path) -> None:
     """Torch, MLflow, the teacher's client and Prefect are for what really runs."""
     script = (
         "import sys\n"
         "from flows.pipeline import main\n"
-        "code = main(['--recipe', 'nano', '--plan'])\n"
+        f"code = main(['--recipe', 'smoke', '--plan', '--root', {str(tmp_path)!r}])\n"
         "print(code, sorted({'torch', 'mlflow', 'openai', 'prefect', 'pandas'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
