@@ -84,14 +84,13 @@ def _prefect_server() -> Iterator[None]:
     except (OSError, ValueError):
         server = SubprocessASGIServer()
         try:
-            server.start()
-        except RuntimeError as error:
-            server.stop()
-            raise StageError(
-                f"the temporary Prefect server did not start ({error}); --plain runs without Prefect, and "
-                "`make orchestrator` starts a server that stays"
-            ) from error
-        try:
+            try:
+                server.start()
+            except RuntimeError as error:
+                raise StageError(
+                    f"the temporary Prefect server did not start ({error}); --plain runs without Prefect, and "
+                    "`make orchestrator` starts a server that stays"
+                ) from error
             with temporary_settings({PREFECT_API_URL: server.api_url}):
                 yield
         finally:

@@ -1,12 +1,6 @@
 """The sweep: the documented rule picks, on development items alone, and a killed sweep goes on."""
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError
+from components.artifacts import StageError
 from components.merging import run
 from components.merging.config import MergeConfig
 from components.merging.sweep import Scored, checkpoint_folder, choose, utilities
@@ -24,6 +17,7 @@ from components.posttraining.checkpoints import save_model
 from components.posttraining.dialogues import DialogueEncoder
 from components.posttraining.tasks import Gain, TaskScore, TaskSuite
 from model import SmallThinkerForCausalLM
+from tests.killing import kill_when
 from tests.posttraining.factory import Inputs, make_inputs, small_model
 
 CONFIG: dict[str, Any] = {
@@ -131,32 +125,14 @@ def _parents(inputs: Inputs) -> tuple[Path, Path]:
     return inputs.folders["pretrain"], inputs.folders["posttrain"]
 
 
-def _child(context: StageContext) -> None:
-    torch.set_num_threads(1)
-    # Not the lock that a forked process shares with its parent: it may be killed while it holds it.
-    tqdm.set_lock(threading.RLock())
-    run(context)
-
-
-def _kill_when(context: StageContext, condition: Callable[[], bool]) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(context,))
-    process.start()
-    deadline = time.monotonic() + 60
-    while process.is_alive() and not condition() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert process.pid is not None and process.is_alive(), "the stage ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
 def test_kill_and_rerun_gives_the_same_artefact(inputs: Inputs, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(inputs.context("merge", whole, CONFIG))
     context = inputs.context("merge", killed, CONFIG)
     work = killed / ".work"
-    _kill_when(context, lambda: (work / "candidate" / "model.safetensors").exists())
-    _kill_when(context, lambda: (work / "candidate-002.json").exists())
-    _kill_when(context, lambda: (work / "model").exists() or (killed / "model").exists())
+    kill_when(run, context, lambda: (work / "candidate" / "model.safetensors").exists())
+    kill_when(run, context, lambda: (work / "candidate-002.json").exists())
+    kill_when(run, context, lambda: (work / "model").exists() or (killed / "model").exists())
     run(inputs.context("merge", killed, CONFIG))
     for name in (
         "sweep.json",

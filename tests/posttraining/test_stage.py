@@ -1,24 +1,18 @@
 """The stage as a whole: SFT raises the held-out score, and ``kill -9`` at any point loses nothing."""
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError
+from components.artifacts import StageError
 from components.posttraining import run
 from components.posttraining.stage import trim_metrics
 from model import SmallThinkerForCausalLM
+from tests.killing import kill_when
 from tests.posttraining.conftest import CONFIG, Finished
 
 
@@ -67,26 +61,6 @@ def _state(out: Path) -> dict[str, bytes]:
     }
 
 
-def _child(context: StageContext) -> None:
-    torch.set_num_threads(1)
-    # Not the lock that a forked process shares with its parent: it may be killed while it holds it.
-    tqdm.set_lock(threading.RLock())
-    run(context)
-
-
-def _kill_when(context: StageContext, condition: Callable[[], bool]) -> None:
-    """Run the stage in a process of its own and SIGKILL it once the condition holds."""
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(context,))
-    process.start()
-    deadline = time.monotonic() + 60
-    while process.is_alive() and not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert process.pid is not None
-    assert process.is_alive(), "the stage ended before it could be killed"
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-
-
 def test_kill_at_any_point_then_rerun_gives_the_same_artefact(finished: Finished, tmp_path: Path) -> None:
     out = tmp_path / "out"
     context = finished.inputs.context("posttrain", out, CONFIG)
@@ -95,12 +69,12 @@ def test_kill_at_any_point_then_rerun_gives_the_same_artefact(finished: Finished
     def lines() -> int:
         return log.read_bytes().count(b"\n") if log.exists() else 0
 
-    _kill_when(context, lambda: (out / ".work" / "base.json").exists())
-    _kill_when(context, lambda: lines() >= 8)
-    _kill_when(context, lambda: lines() >= 24)
+    kill_when(run, context, lambda: (out / ".work" / "base.json").exists())
+    kill_when(run, context, lambda: lines() >= 8)
+    kill_when(run, context, lambda: lines() >= 24)
     with log.open("a") as handle:
         handle.write('{"step": 23, "time_s": 1, "metr')  # what a kill within a write leaves
-    _kill_when(context, lambda: (out / "model").exists())
+    kill_when(run, context, lambda: (out / "model").exists())
     metrics = run(finished.inputs.context("posttrain", out, CONFIG))
     assert metrics == finished.metrics
     assert _state(out) == _state(finished.out)
