@@ -146,3 +146,22 @@ def test_context_of_the_ring_and_beyond(tmp_path: Path) -> None:
         ids = np.random.default_rng(4).integers(0, shape.vocab, 399).astype(np.int32)
         errors = row_errors(engine.logits(ids), reference_logits(shape, weights, ids))
     assert np.median(errors) < 1e-5 and errors.max() < 1e-4
+
+
+@pytest.mark.parametrize("kernels", available_kernels())
+def test_a_long_text_with_sharp_attention(kernels: str, tmp_path: Path) -> None:
+    """Scores of some tens, so that a few of 1,290 keys outweigh the others."""
+    shape = Shape(window=700, rope=(1, 0), windowed=(0, 1), layers=2, context=1300)
+    weights = random_weights(shape)
+    for layer in range(shape.layers):
+        weights[f"blk.{layer}.attn_q.weight"] *= 20
+    path = write_model(tmp_path / "m.gguf", shape, weights)
+    ids = np.random.default_rng(4).integers(0, shape.vocab, 1290).astype(np.int32)
+    exact = reference_logits(shape, weights, ids)
+    rows = []
+    for threads, chunk in ((1, 128), (2, 1), (3, 7)):
+        with Engine.open(path, threads, kernels=kernels, chunk_tokens=chunk) as engine:
+            rows.append(engine.logits(ids))
+    assert np.array_equal(rows[0], rows[1]) and np.array_equal(rows[0], rows[2])
+    errors = row_errors(rows[0], exact)
+    assert np.median(errors) < 1e-5 and errors.max() < 1e-3
