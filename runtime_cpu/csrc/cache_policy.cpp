@@ -1,6 +1,7 @@
 #include "cache_policy.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 #include "tensor.hpp"
 
@@ -8,6 +9,7 @@ namespace smallthinker {
 namespace {
 
 constexpr double kLargestUnit = 1e200;
+constexpr std::int64_t kForgotten = 10000;  // tokens after which a use counts 1e-44
 
 // Tokens since the last use, the one that counts as 1 being the current.
 double age(const UseHistory& history, std::size_t key) {
@@ -23,8 +25,13 @@ double frequency_by_age(const UseHistory& history, std::size_t key) {
 }
 
 // The same, where the age goes on to the layer's next turn: of two experts alike, the one whose layer comes
-// sooner stays.
+// sooner stays. A prompt uses nearly all experts of every layer in turn: what its pass has yet to come to
+// stays, and each layer keeps what its text uses most.
 double frequency_by_turn(const UseHistory& history, std::size_t key) {
+  if (history.sweeping()) {
+    const double share = frequency_by_age(history, key);
+    return (history.to_come(key) ? 1.0 : 0.0) + share / (1.0 + share);
+  }
   const double until_turn = static_cast<double>(history.distance(key)) / history.layers();
   return history.frequency(key) / (age(history, key) + until_turn);
 }
@@ -33,7 +40,7 @@ double frequency_by_turn(const UseHistory& history, std::size_t key) {
 // has its next turn last; the older among equals.
 double least_stale(const UseHistory& history, std::size_t key) {
   const int turn = history.layers() - history.distance(key);
-  const bool stale = history.last_token(key) < history.token();
+  const bool stale = history.last_token(key) < history.first_of_pass();
   return turn + (stale ? 0 : history.layers()) + history.last_use(key) * 1e-12;
 }
 
@@ -57,10 +64,12 @@ UseHistory::UseHistory(int layers, int experts, std::span<const float> prior)
   }
 }
 
-void UseHistory::begin(int layer) {
+void UseHistory::begin(int layer, std::int64_t tokens) {
   if (layer < layer_ || layers_ == 1) {
-    ++token_;
-    unit_ /= kFrequencyDecay;
+    first_of_last_pass_ = first_of_pass_;
+    first_of_pass_ = token_ + 1;
+    token_ += tokens;
+    unit_ /= std::pow(kFrequencyDecay, std::min(tokens, kForgotten));
     if (unit_ > kLargestUnit) {
       for (Entry& entry : entries_) entry.count /= unit_;
       unit_ = 1.0;
@@ -69,12 +78,16 @@ void UseHistory::begin(int layer) {
   layer_ = layer;
 }
 
-void UseHistory::use(std::size_t key) {
+void UseHistory::use(std::size_t key, double weight, std::int64_t ago) {
   Entry& entry = entries_[key];
-  entry.count += unit_;
+  entry.count += unit_ * weight;
   entry.last_use = clock_;
-  entry.last_token = token_;
+  entry.last_token = token_ - ago;
   clock_ += 1.0;
+}
+
+bool UseHistory::to_come(std::size_t key) const {
+  return static_cast<int>(key / static_cast<std::size_t>(experts_)) > layer_;
 }
 
 int UseHistory::distance(std::size_t key) const {

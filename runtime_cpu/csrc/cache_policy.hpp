@@ -21,15 +21,24 @@ class UseHistory {
   // `prior` is empty or holds, per key, the share of tokens that use the expert (from the model file).
   UseHistory(int layers, int experts, std::span<const float> prior);
 
-  void begin(int layer);      // before the uses of a layer; going back to an earlier layer starts a token
-  void use(std::size_t key);  // requested, whether it was in memory or not
+  // Before the uses of a layer by so many tokens that are computed together; going back to an earlier layer
+  // starts a pass.
+  void begin(int layer, std::int64_t tokens = 1);
+  // Requested, whether it was in memory or not. `weight` sums kFrequencyDecay to the power of the tokens
+  // since, over those of the pass that use it; `ago` are those since the last of them.
+  void use(std::size_t key, double weight = 1.0, std::int64_t ago = 0);
 
   std::int64_t token() const { return token_; }
+  // The pass under way has so many tokens that it needs most experts.
+  bool sweeping() const { return 2 * (token_ + 1 - first_of_pass_) >= experts_; }
+  std::int64_t first_of_pass() const { return first_of_pass_; }
+  std::int64_t first_of_last_pass() const { return first_of_last_pass_; }
   std::int64_t last_token(std::size_t key) const { return entries_[key].last_token; }
   // Order of uses. Experts that were never used keep their prior, in [0, 1), before all others.
   double last_use(std::size_t key) const { return entries_[key].last_use; }
   // Uses, each counting 0.99 per token that has passed since; begins at what the prior amounts to.
   double frequency(std::size_t key) const { return entries_[key].count / unit_; }
+  bool to_come(std::size_t key) const;  // in a layer after the current one
   // Layers from the current one until this one has its turn: 1 to `layers`.
   int distance(std::size_t key) const;
   int layers() const { return layers_; }
@@ -44,6 +53,8 @@ class UseHistory {
   int experts_;
   int layer_ = 0;
   std::int64_t token_ = 0;
+  std::int64_t first_of_pass_ = 0;
+  std::int64_t first_of_last_pass_ = -1;
   double clock_ = 1.0;
   double unit_ = 1.0;  // what one use adds now
   std::vector<Entry> entries_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <limits>
 #include <new>
 #include <numeric>
@@ -256,22 +257,38 @@ void ExpertCache::pump() {
 }
 
 void ExpertCache::request(int layer, std::span<const std::int32_t> experts) {
+  constexpr std::int32_t kOnlyRow[] = {0};
+  std::vector<ExpertUse> uses;
+  for (const std::int32_t expert : experts) uses.push_back({expert, kOnlyRow});
+  request(layer, uses, 1);
+}
+
+void ExpertCache::request(int layer, std::span<const ExpertUse> uses, std::int64_t rows) {
   if (layer < 0 || layer >= layout_.layers) refuse("there is no layer " + std::to_string(layer));
-  std::vector<std::size_t> keys;
-  for (const std::int32_t expert : experts) {
-    const std::size_t key = key_of(layer, expert);
-    if (std::find(keys.begin(), keys.end(), key) == keys.end()) keys.push_back(key);
+  struct Wanted {
+    std::size_t key;
+    double weight;
+    std::int64_t ago;
+  };
+  std::vector<Wanted> keys;
+  for (const ExpertUse& use : uses) {
+    const std::size_t key = key_of(layer, use.expert);
+    if (std::any_of(keys.begin(), keys.end(), [&](const Wanted& other) { return other.key == key; }))
+      continue;
+    double weight = 0.0;
+    for (const std::int32_t row : use.rows) weight += std::pow(kFrequencyDecay, rows - 1 - row);
+    keys.push_back({key, weight, rows - 1 - use.rows.back()});
   }
   const Lock lock(mutex_);
-  std::erase_if(keys, [&](std::size_t key) { return wanted_[key] != 0; });
+  std::erase_if(keys, [&](const Wanted& one) { return wanted_[one.key] != 0; });
   if (wanted_count_ + static_cast<int>(keys.size()) > slot_count_) {
     refuse(std::to_string(keys.size()) + " experts are requested and " + std::to_string(wanted_count_) +
            " in use, but there are only " + std::to_string(slot_count_) + " slots");
   }
-  history_.begin(layer);
+  history_.begin(layer, rows);
   std::vector<std::size_t> missing;
-  for (const std::size_t key : keys) {
-    history_.use(key);
+  for (const auto& [key, weight, ago] : keys) {
+    history_.use(key, weight, ago);
     wanted_[key] = 1;
     wanted_of_[at(layer)].push_back(key);
     ++wanted_count_;
@@ -464,7 +481,7 @@ int ExpertCache::speculate(int layer, std::span<const std::int32_t> experts) {
     const std::size_t key = key_of(layer, expert);
     if (reader_.urgent() > 0 || reader_.unfinished() > reader_.depth() || !starved_.empty()) break;
     if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || wanted_[key] != 0) continue;
-    const int slot = assign(key, history_.token() - 1);
+    const int slot = assign(key, history_.first_of_last_pass());
     if (slot < 0) break;
     slots_[at(slot)].speculative = true;
     ++counters_.speculated;

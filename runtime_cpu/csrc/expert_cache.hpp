@@ -41,6 +41,12 @@ struct ExpertKey {
   int expert = 0;
 };
 
+// An expert that a batch asks for, and the rows of the batch that chose it, ascending.
+struct ExpertUse {
+  std::int32_t expert = 0;
+  std::span<const std::int32_t> rows;
+};
+
 // Where one part of one expert lies in the file.
 struct ExpertExtent {
   std::uint64_t offset = 0;
@@ -101,7 +107,8 @@ class ExpertCache {
 
   // Adds to what is pinned of the layer. EngineError, before anything has changed, when more experts would be
   // pinned than there are slots: a batch that needs more comes in waves.
-  void request(int layer, std::span<const std::int32_t> experts);
+  void request(int layer, std::span<const ExpertUse> uses, std::int64_t rows);
+  void request(int layer, std::span<const std::int32_t> experts);  // of a single token
   const std::byte* wait(int layer, int expert, int part);
   void release(int layer);
 

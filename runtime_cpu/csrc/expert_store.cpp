@@ -105,8 +105,8 @@ std::int64_t ExpertStore::most_at_once() const {
   return cache_ != nullptr ? cache_->slots() : model_->hyper.experts;
 }
 
-void ExpertStore::request(std::int64_t layer, std::span<const std::int32_t> experts) {
-  if (cache_ != nullptr) cache_->request(narrow(layer), experts);
+void ExpertStore::request(std::int64_t layer, std::span<const ExpertUse> uses, std::int64_t rows) {
+  if (cache_ != nullptr) cache_->request(narrow(layer), uses, rows);
 }
 
 void ExpertStore::release(std::int64_t layer) {

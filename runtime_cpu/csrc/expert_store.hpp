@@ -44,7 +44,7 @@ class ExpertStore {
 
   bool offloads() const { return cache_ != nullptr; }
   std::int64_t most_at_once() const;  // distinct experts of one request
-  void request(std::int64_t layer, std::span<const std::int32_t> experts);
+  void request(std::int64_t layer, std::span<const ExpertUse> uses, std::int64_t rows);
   void release(std::int64_t layer);
   bool ready(std::int64_t layer, std::int64_t expert) const;
   const std::byte* gate(std::int64_t layer, std::int64_t expert);

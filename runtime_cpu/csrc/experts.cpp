@@ -94,7 +94,18 @@ void Runtime::gate_and_up(const Layer& layer, Task& task) {
   }
 }
 
-// Which experts of the layer the batch needs; starts reading them when they are on disk.
+// Starts reading the experts of a wave when they are on disk.
+void Runtime::request_wave(std::int64_t index, std::int64_t tokens) {
+  uses_.clear();
+  for (const std::int32_t e : wave_) {
+    const std::int64_t first = scratch_.expert_begin[e];
+    const auto count = static_cast<std::size_t>(scratch_.expert_begin[e + 1] - first);
+    uses_.push_back({e, {scratch_.slot_tokens + first, count}});
+  }
+  weights_.experts->request(index, uses_, tokens);
+}
+
+// Which experts of the layer the batch needs.
 void Runtime::request_experts(std::int64_t index, std::int64_t tokens) {
   ExpertStore& store = *weights_.experts;
   wave_.clear();
@@ -102,7 +113,7 @@ void Runtime::request_experts(std::int64_t index, std::int64_t tokens) {
     if (scratch_.expert_begin[e + 1] > scratch_.expert_begin[e]) wave_.push_back(e);
   }
   requested_ = static_cast<std::int64_t>(wave_.size()) <= store.most_at_once();
-  if (requested_) store.request(index, wave_);
+  if (requested_) request_wave(index, tokens);
   // A prompt uses nearly all experts of every layer.
   if (requested_ && tokens * model_->hyper.experts_per_token >= 2 * model_->hyper.experts &&
       index + 1 < model_->hyper.layers) {
@@ -144,7 +155,7 @@ void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
     const std::size_t end = std::min(begin + room, all.size());
     wave_.assign(all.begin() + static_cast<std::ptrdiff_t>(begin),
                  all.begin() + static_cast<std::ptrdiff_t>(end));
-    if (!requested_) store.request(index, wave_);
+    if (!requested_) request_wave(index, tokens);
     // Pieces are claimed from the back: experts that are there come first, then the others as their reads
     // end.
     std::reverse(wave_.begin(), wave_.end());

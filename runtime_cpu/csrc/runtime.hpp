@@ -179,6 +179,7 @@ class Runtime {
   void route(std::int64_t tokens);
   void experts(std::int64_t layer, std::int64_t tokens);
   void gate_and_up(const Layer& layer, Task& task);
+  void request_wave(std::int64_t layer, std::int64_t tokens);
   void request_experts(std::int64_t layer, std::int64_t tokens);
   void guess_next(std::int64_t layer);
   void packed_experts(std::int64_t layer, std::int64_t tokens);
@@ -214,6 +215,7 @@ class Runtime {
   Scratch scratch_{};
   std::vector<Task> tasks_;
   std::vector<std::int32_t> wave_;  // experts of the layer under way, in the order of their reads
+  std::vector<ExpertUse> uses_;
   std::vector<std::int32_t> guess_;
   std::vector<float> guess_logits_;
   bool requested_ = false;

@@ -458,6 +458,90 @@ void rank_by_policy() {
   CHECK(std::fabs(seeded.frequency(7) - 100.0) < 1e-6 && seeded.frequency(9) < 1e-6);
 }
 
+// Tokens that are computed together leave the history that they leave one by one.
+void prompts_count_by_token() {
+  const std::vector<std::vector<std::size_t>> chosen = {{0, 2}, {1, 2}, {0, 3}, {2, 3},
+                                                        {1, 3}, {1, 2}, {1, 3}};
+  UseHistory alone(2, 20, {});
+  UseHistory together(2, 20, {});
+  const auto pass = [](UseHistory& history, std::int64_t tokens, const auto& use) {
+    for (int layer = 0; layer < 2; ++layer) {
+      history.begin(layer, tokens);
+      use(static_cast<std::size_t>(layer) * 20);
+    }
+  };
+  pass(alone, 1, [](std::size_t) {});  // both stand at the end of a token
+  pass(together, 1, [](std::size_t) {});
+  for (const auto& keys : chosen) {
+    pass(alone, 1, [&](std::size_t first) {
+      for (const std::size_t key : keys) alone.use(first + key);
+    });
+  }
+  pass(together, 7, [&](std::size_t first) {
+    for (std::size_t key = 0; key < 4; ++key) {
+      double weight = 0.0;
+      std::int64_t ago = 0;
+      for (std::size_t t = 0; t < chosen.size(); ++t) {
+        if (std::find(chosen[t].begin(), chosen[t].end(), key) == chosen[t].end()) continue;
+        ago = static_cast<std::int64_t>(chosen.size() - 1 - t);
+        weight += std::pow(kFrequencyDecay, ago);
+      }
+      together.use(first + key, weight, ago);
+    }
+  });
+  CHECK(alone.token() == together.token() && together.first_of_last_pass() == 0 &&
+        together.first_of_pass() == 1 && alone.first_of_pass() == 7 && !together.sweeping());
+  for (std::size_t key = 0; key < 40; ++key) {
+    CHECK(alone.last_token(key) == together.last_token(key));
+    CHECK(std::fabs(alone.frequency(key) - together.frequency(key)) < 1e-12);
+  }
+  pass(together, std::int64_t{1} << 40, [&](std::size_t first) { together.use(first); });
+  CHECK(std::fabs(together.frequency(0) - 1.0) < 1e-12 && together.frequency(1) < 1e-12);
+
+  // A prompt gives up what its pass has done with, of each layer what the text uses least.
+  const CachePolicy& policy = find_policy(kDefaultPolicy);
+  UseHistory history(3, 4, {});
+  for (int layer = 0; layer < 3; ++layer) {
+    history.begin(layer, 8);
+    for (std::size_t expert = 0; expert < 4; ++expert) {
+      history.use(static_cast<std::size_t>(layer) * 4 + expert, 1.0 + static_cast<double>(expert), 1);
+    }
+  }
+  history.begin(0, 8);
+  history.begin(1, 8);
+  CHECK(history.sweeping());
+  std::vector<std::size_t> keys = {8, 0, 11, 3, 4, 1, 7};
+  std::stable_sort(keys.begin(), keys.end(), [&](std::size_t a, std::size_t b) {
+    return policy.worth(history, a) < policy.worth(history, b);
+  });
+  CHECK(keys == (std::vector<std::size_t>{0, 4, 1, 3, 7, 8, 11}));
+}
+
+// After a prompt the memory holds what its last tokens used, not what happened to be read last.
+void prompts_leave_what_is_used() {
+  ExpertFile experts(4, 16, 1, true);
+  const auto reader = FileReader::open(experts.file->path);
+  const AlignedMemory memory(experts.layout.slot_bytes * 40);
+  ExpertCache cache(*reader, experts.layout, memory.span());
+  std::vector<std::int32_t> once;
+  std::vector<std::int32_t> often;
+  for (std::int32_t row = 0; row < 64; ++row) (row % 16 == 5 ? once : often).push_back(row);
+  std::vector<ExpertUse> uses;
+  for (std::int32_t e = 0; e < 16; ++e) uses.push_back({e, e % 3 == 0 ? often : once});
+  for (int pass = 0; pass < 3; ++pass) {
+    for (int layer = 0; layer < 4; ++layer) {
+      cache.request(layer, uses, 64);
+      for (std::int32_t e = 0; e < 16; ++e) CHECK(experts.same(layer, e, 0, cache.wait(layer, e, 0)));
+      cache.release(layer);
+    }
+  }
+  for (int layer = 0; layer < 4; ++layer) {
+    for (int e = 0; e < 16; e += 3) CHECK(cache.in_memory(layer, e), "expert %d of layer %d", e, layer);
+  }
+  // At best 40 of 64 experts stay from pass to pass; in order of use it would be none.
+  CHECK(cache.counters().hits >= 2 * 30, "%llu hits", static_cast<unsigned long long>(cache.counters().hits));
+}
+
 // The study's simulation and the cache make the same decisions.
 void agree_with_replay() {
   SyntheticRoutes recipe;
@@ -516,6 +600,8 @@ void test_expert_cache() {
   detach_under_way();
   refuse_bad_layouts();
   rank_by_policy();
+  prompts_count_by_token();
+  prompts_leave_what_is_used();
   agree_with_replay();
   std::printf("expert cache: %zu backends, %zu policies\n", backends.size(), cache_policies().size());
 }
