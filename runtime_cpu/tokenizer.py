@@ -272,7 +272,7 @@ class StreamDecoder:
 
 def _normal_token_bytes(text: str, index: int) -> bytes:
     try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in text)
+        return bytes(map(_BYTE_OF_CHARACTER.__getitem__, text))
     except KeyError as error:
         raise TokenizerError(
             f"token {index} ({text!r}) has the character {error}, which stands for no byte"

@@ -32,7 +32,7 @@ ExpertStore::ExpertStore(std::shared_ptr<const Model> model, const ExpertStoreOp
   }
   memory_ = HugeMemory(all * shape_.bytes());
   states_ = std::make_unique<std::atomic<State>[]>(all);
-  for (std::size_t i = 0; i < all; ++i) states_[i].store(State::kEmpty, std::memory_order_relaxed);
+  verified_ = std::make_unique<std::atomic<State>[]>(all);
   for (int i = 0; i < std::max(1, threads / 2); ++i) loaders_.emplace_back([this] { load_in_background(); });
 }
 
@@ -124,20 +124,36 @@ void ExpertStore::speculate(std::int64_t layer, std::span<const std::int32_t> ex
 
 const std::byte* ExpertStore::gate(std::int64_t layer, std::int64_t expert) {
   if (cache_ != nullptr) return cache_->wait(narrow(layer), narrow(expert), 0);
-  return loaded(key(layer, expert));
+  return at_once(key(layer, expert));
 }
 
 const std::byte* ExpertStore::whole(std::int64_t layer, std::int64_t expert) {
-  if (cache_ == nullptr) return loaded(key(layer, expert));
+  if (cache_ == nullptr) return at_once(key(layer, expert));
   for (int part = 1; part < parts_; ++part) cache_->wait(narrow(layer), narrow(expert), part);
   return cache_->wait(narrow(layer), narrow(expert), 0);
 }
 
+// The copy, or until there is one the file's own bytes, where computing can read them: fresh memory may come
+// as slowly as a disk.
+const std::byte* ExpertStore::at_once(std::size_t key) {
+  if (states_[key].load(std::memory_order_acquire) == State::kReady) return place(key);
+  const std::byte* const there = in_file(key);
+  if (there == nullptr) return loaded(key);
+  once(verified_[key], [&] { verify(key, there); });
+  return there;
+}
+
 const std::byte* ExpertStore::loaded(std::size_t key) {
-  std::atomic<State>& state = states_[key];
+  once(states_[key], [&] { load(key); });
+  return place(key);
+}
+
+// Whoever comes first acts and the others wait; after an exception the next one tries again.
+template <typename Act>
+void ExpertStore::once(std::atomic<State>& state, const Act& act) {
   while (true) {
     State now = state.load(std::memory_order_acquire);
-    if (now == State::kReady) return place(key);
+    if (now == State::kReady) return;
     if (now == State::kLoading) {
       state.wait(State::kLoading, std::memory_order_acquire);
       continue;
@@ -148,7 +164,7 @@ const std::byte* ExpertStore::loaded(std::size_t key) {
       state.notify_all();
     };
     try {
-      load(key);
+      act();
     } catch (...) {
       leave(State::kEmpty);
       throw;
@@ -157,24 +173,39 @@ const std::byte* ExpertStore::loaded(std::size_t key) {
   }
 }
 
+// Nothing when the file has another layout.
+const std::byte* ExpertStore::in_file(std::size_t key) const {
+  if (!model_->packed) return nullptr;
+  const auto experts = static_cast<std::size_t>(model_->hyper.experts);
+  const std::byte* expert = model_->packed_expert(static_cast<std::int64_t>(key / experts),
+                                                  static_cast<std::int64_t>(key % experts));
+  return reinterpret_cast<std::uintptr_t>(expert) % kReadAlign == 0 ? expert : nullptr;
+}
+
 void ExpertStore::load(std::size_t key) {
   const auto experts = static_cast<std::size_t>(model_->hyper.experts);
-  const Layer& layer = model_->layers[key / experts];
+  const auto index = static_cast<std::int64_t>(key / experts);
   const auto expert = static_cast<std::int64_t>(key % experts);
   std::byte* const to = place(key);
-  if (!model_->packed) {
-    pack_gate(layer.gate, expert, shape_, to);
-    pack_up(layer.up, expert, shape_, to);
-    pack_down(layer.down, expert, shape_, to);
+  if (model_->packed) {
+    std::memcpy(to, model_->packed_expert(index, expert), shape_.bytes());
+    return verify(key, to);
+  }
+  const Layer& layer = model_->layers[static_cast<std::size_t>(index)];
+  pack_gate(layer.gate, expert, shape_, to);
+  pack_up(layer.up, expert, shape_, to);
+  pack_down(layer.down, expert, shape_, to);
+}
+
+void ExpertStore::verify(std::size_t key, const std::byte* expert) const {
+  const std::size_t gate = shape_.gate_bytes();
+  if (checksum64(expert, gate) == model_->checksums[2 * key] &&
+      checksum64(expert + gate, shape_.bytes() - gate) == model_->checksums[2 * key + 1]) {
     return;
   }
-  std::memcpy(to, model_->packed_expert(static_cast<std::int64_t>(key / experts), expert), shape_.bytes());
-  const std::size_t gate = shape_.gate_bytes();
-  if (checksum64(to, gate) != model_->checksums[2 * key] ||
-      checksum64(to + gate, shape_.bytes() - gate) != model_->checksums[2 * key + 1]) {
-    throw EngineError(model_->path + ": the checksum of expert " + std::to_string(expert) + " of layer " +
-                      std::to_string(key / experts) + " is wrong; the file is damaged");
-  }
+  const auto experts = static_cast<std::size_t>(model_->hyper.experts);
+  throw EngineError(model_->path + ": the checksum of expert " + std::to_string(key % experts) +
+                    " of layer " + std::to_string(key / experts) + " is wrong; the file is damaged");
 }
 
 void ExpertStore::load_in_background() {

@@ -61,22 +61,27 @@ class ExpertStore {
   const FileReader* reader() const { return reader_.get(); }
 
  private:
-  enum class State : std::uint8_t { kEmpty, kLoading, kReady };
+  enum class State : std::uint8_t { kEmpty, kLoading, kReady };  // of a copy; of a check in the file
 
   std::size_t key(std::int64_t layer, std::int64_t expert) const {
     return static_cast<std::size_t>(layer * model_->hyper.experts + expert);
   }
   std::byte* place(std::size_t key) const { return memory_.data() + key * shape_.bytes(); }
   void open_cache(const ExpertStoreOptions& options, std::size_t slots);
+  const std::byte* at_once(std::size_t key);
   const std::byte* loaded(std::size_t key);
+  template <typename Act>
+  static void once(std::atomic<State>& state, const Act& act);
   void load(std::size_t key);
+  void verify(std::size_t key, const std::byte* expert) const;
+  const std::byte* in_file(std::size_t key) const;
   void load_in_background();
 
   std::shared_ptr<const Model> model_;
   ExpertShape shape_;
   HugeMemory memory_;
   // Without a cache.
-  std::unique_ptr<std::atomic<State>[]> states_;
+  std::unique_ptr<std::atomic<State>[]> states_, verified_;
   std::atomic<std::size_t> next_{0};
   std::atomic<bool> stopping_{false};
   std::vector<std::thread> loaders_;

@@ -122,6 +122,18 @@ def plain_bits(path: Path, prompt: list[int]) -> np.ndarray:
         return engine.logits(prompt)
 
 
+def test_bits_do_not_depend_on_what_has_been_copied(files: tuple[Path, Path]) -> None:
+    """Experts are computed with in the file's own pages until the background threads have copied them."""
+    with Engine.open(files[1], threads=2, context=128) as engine:
+        prompt = prompt_for(engine)
+        engine._runtime.load_all()
+        expected = engine.logits(prompt)
+    for _ in range(15):
+        with Engine.open(files[1], threads=4, context=128) as engine:
+            assert np.array_equal(engine.logits(prompt[:1]), expected[:1])
+            assert np.array_equal(engine.logits(prompt), expected)
+
+
 def test_damaged_experts_end_the_request_and_nothing_else(files: tuple[Path, Path], tmp_path: Path) -> None:
     packed = bytearray(files[1].read_bytes())
     model = _core.Model.open(str(files[1]))
