@@ -26,7 +26,7 @@ double frequency_by_age(const UseHistory& history, std::size_t key) {
 
 // The same, where the age goes on to the layer's next turn: of two experts alike, the one whose layer comes
 // sooner stays. A prompt uses nearly all experts of every layer in turn: what its pass has yet to come to
-// stays, and each layer keeps what its text uses most.
+// stays, and of the rest what its text uses most.
 double frequency_by_turn(const UseHistory& history, std::size_t key) {
   if (history.sweeping()) {
     const double share = frequency_by_age(history, key);
@@ -52,7 +52,7 @@ constexpr CachePolicy kPolicies[] = {
 }  // namespace
 
 UseHistory::UseHistory(int layers, int experts, std::span<const float> prior)
-    : layers_(layers), experts_(experts) {
+    : layers_(layers), experts_(experts), layer_(layers) {
   entries_.resize(static_cast<std::size_t>(layers) * static_cast<std::size_t>(experts));
   if (prior.empty()) return;
   if (prior.size() != entries_.size()) throw EngineError("expert popularity has the wrong number of values");

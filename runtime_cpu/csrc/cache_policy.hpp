@@ -51,10 +51,10 @@ class UseHistory {
   };
   int layers_;
   int experts_;
-  int layer_ = 0;
-  std::int64_t token_ = 0;
+  int layer_;                // at first after the last one: any use starts a pass
+  std::int64_t token_ = -1;  // the last of the pass under way
   std::int64_t first_of_pass_ = 0;
-  std::int64_t first_of_last_pass_ = -1;
+  std::int64_t first_of_last_pass_ = 0;
   double clock_ = 1.0;
   double unit_ = 1.0;  // what one use adds now
   std::vector<Entry> entries_;

@@ -41,7 +41,7 @@ struct ExpertKey {
   int expert = 0;
 };
 
-// An expert that a batch asks for, and the rows of the batch that chose it, ascending.
+// An expert that a batch asks for, and the rows of the batch (one at least) that chose it, ascending.
 struct ExpertUse {
   std::int32_t expert = 0;
   std::span<const std::int32_t> rows;

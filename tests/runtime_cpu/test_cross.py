@@ -59,6 +59,7 @@ def test_whole_core_on_other_processors(machine: str) -> None:
         "checksum",
         "file",
         "cache",
+        "policies",
         "reader",
         "forward",
         "golden",

@@ -58,6 +58,7 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
         "checksum: ok",
         "file reader page_cache: ok",
         "expert cache: ",
+        "cache policies: ok",
     ):
         assert part in output
     assert "all tests passed" in output

@@ -25,6 +25,7 @@ void test_sampler();
 void test_checksum();
 void test_file_reader();
 void test_expert_cache();
+void test_cache_policies();
 void test_forward();
 void test_head();
 void test_offload();

@@ -40,6 +40,7 @@ int main(int argc, char** argv) {
   if (runs("checksum")) test_checksum();
   if (runs("file")) test_file_reader();
   if (runs("cache")) test_expert_cache();
+  if (runs("policies")) test_cache_policies();
   if (runs("reader")) test_reader();
   if (runs("fuzz")) test_reader_fuzz(cases, seed);
   if (runs("coverage")) test_coverage(guided, seed);
