@@ -86,13 +86,8 @@ void UseHistory::use(std::size_t key, double weight, std::int64_t ago) {
   clock_ += 1.0;
 }
 
-bool UseHistory::to_come(std::size_t key) const {
-  return static_cast<int>(key / static_cast<std::size_t>(experts_)) > layer_;
-}
-
 int UseHistory::distance(std::size_t key) const {
-  const int layer = static_cast<int>(key / static_cast<std::size_t>(experts_));
-  return layer > layer_ ? layer - layer_ : layer - layer_ + layers_;
+  return layer_of(key) - layer_ + (to_come(key) ? 0 : layers_);
 }
 
 std::span<const CachePolicy> cache_policies() { return kPolicies; }

@@ -38,7 +38,7 @@ class UseHistory {
   double last_use(std::size_t key) const { return entries_[key].last_use; }
   // Uses, each counting 0.99 per token that has passed since; begins at what the prior amounts to.
   double frequency(std::size_t key) const { return entries_[key].count / unit_; }
-  bool to_come(std::size_t key) const;  // in a layer after the current one
+  bool to_come(std::size_t key) const { return layer_of(key) > layer_; }
   // Layers from the current one until this one has its turn: 1 to `layers`.
   int distance(std::size_t key) const;
   int layers() const { return layers_; }
@@ -49,6 +49,8 @@ class UseHistory {
     double last_use = 0.0;
     std::int64_t last_token = -1;
   };
+  int layer_of(std::size_t key) const { return static_cast<int>(key / static_cast<std::size_t>(experts_)); }
+
   int layers_;
   int experts_;
   int layer_;                // at first after the last one: any use starts a pass
