@@ -121,7 +121,8 @@ void Runtime::request_experts(std::int64_t index, std::int64_t tokens) {
   }
 }
 
-// The next layer's router on the residual stream as it is now: mostly right, and the disk would idle.
+// The next layer's router on the residual stream as it is now, while the disk would idle. Only the first half
+// of what it names: the last ranks are often wrong, and what they read in vain others wait for (docs/log.md).
 void Runtime::guess_next(std::int64_t index) {
   const Hyperparameters& hyper = model_->hyper;
   if (!speculate_ || index + 1 >= hyper.layers || !weights_.experts->idle()) return;
@@ -132,11 +133,12 @@ void Runtime::guess_next(std::int64_t index) {
   kernels_.matmul(router.stock, 0, 0, hyper.experts, scratch_.x.view(), 1, logits.data(), hyper.experts);
   guess_.resize(logits.size());
   std::iota(guess_.begin(), guess_.end(), 0);
-  std::partial_sort(guess_.begin(), guess_.begin() + hyper.experts_per_token, guess_.end(),
+  const std::int64_t count = (hyper.experts_per_token + 1) / 2;
+  std::partial_sort(guess_.begin(), guess_.begin() + count, guess_.end(),
                     [&](std::int32_t a, std::int32_t b) {
                       return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
                     });
-  guess_.resize(static_cast<std::size_t>(hyper.experts_per_token));
+  guess_.resize(static_cast<std::size_t>(count));
   weights_.experts->speculate(index + 1, guess_);
 }
 
