@@ -48,7 +48,7 @@ from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 __all__ = ["BenchError", "Plan", "Row", "Spread", "bench", "main"]
 
 OURS = "runtime_cpu"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class BenchError(Exception):
@@ -309,13 +309,14 @@ def main(arguments: list[str] | None = None) -> int:
             )
         if PEER_MODULE in plan.engines:
             _require_peer(plan.peer_python)
-        _progress("memory bandwidth")
+        _progress("memory and disk")
         before = read_bandwidth(plan.thread_counts)
-        disk = disk_rate(plan.model)
+        disk = {"before": disk_rate(plan.model)}
         with contention(options.contend):
             rows, found, notes = bench(plan)
-        _progress("memory bandwidth")
+        _progress("memory and disk")
         after = read_bandwidth(plan.thread_counts)
+        disk["after"] = disk_rate(plan.model)
         _progress("")
         if options.contend:
             notes.append("another process burned one core meanwhile")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ _FLAGS = (
 _BANDWIDTH_BYTES = 512 << 20  # many times the caches; less on small machines
 _HUGE_PAGE_BYTES = 2 << 20
 _DISK_BLOCK_BYTES = 8 << 20
-_DISK_BYTES, _DISK_S = 2 << 30, 3.0
+_DISK_BYTES, _DISK_S, _DISK_READS = 2 << 30, 3.0, 4
 _CGROUP_ROOTS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))  # version 1, version 2
 
 
@@ -121,32 +122,45 @@ def measure_bandwidth(threads: int) -> float:
 
 
 def disk_rate(file: Path) -> dict[str, Any]:
-    """How fast ``file`` comes from the disk: sequential O_DIRECT reads of 8 MiB, at most 2 GiB or 3 s.
+    """How fast ``file`` comes from the disk: O_DIRECT reads of 8 MiB, four at a time as the engine's reader has them.
+
+    In order, at most 2 GiB or 3 s, into huge pages where there are any: small ones cut a read into many.
 
     Returns:
         ``read_bytes_per_s`` and the ``bytes`` read, or ``unavailable`` with the reason (a small file, no O_DIRECT).
     """
-    if file.stat().st_size < 8 * _DISK_BLOCK_BYTES:
+    size = file.stat().st_size
+    if size < 8 * _DISK_BLOCK_BYTES:
         return {"unavailable": "the file is too small to tell"}
     if not hasattr(os, "O_DIRECT"):
         return {"unavailable": f"{platform.system()} has no O_DIRECT"}
+    offsets = iter(range(0, min(size, _DISK_BYTES) - _DISK_BLOCK_BYTES + 1, _DISK_BLOCK_BYTES))
+    deadline = time.perf_counter() + _DISK_S
+
+    def read_share(descriptor: int) -> int:
+        memory = mmap.mmap(-1, _DISK_BLOCK_BYTES + _HUGE_PAGE_BYTES)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        room = np.frombuffer(memory, np.uint8)
+        start = -room.ctypes.data % _HUGE_PAGE_BYTES
+        total = 0
+        for offset in offsets:
+            total += os.preadv(descriptor, [room[start : start + _DISK_BLOCK_BYTES].data], offset)
+            if time.perf_counter() > deadline:
+                break
+        return total
+
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        try:
+            started = time.perf_counter()
+            with ThreadPoolExecutor(_DISK_READS) as pool:
+                total = sum(pool.map(read_share, [descriptor] * _DISK_READS))
+            seconds = time.perf_counter() - started
+        finally:
+            os.close(descriptor)
     except OSError as error:
         return {"unavailable": f"the file system offers no O_DIRECT ({error.strerror})"}
-    try:
-        total, started = 0, time.perf_counter()
-        with mmap.mmap(-1, _DISK_BLOCK_BYTES) as buffer:
-            while total < _DISK_BYTES and time.perf_counter() - started < _DISK_S:
-                count = os.preadv(descriptor, [buffer], total)
-                total += count
-                if count < _DISK_BLOCK_BYTES:
-                    break
-        seconds = time.perf_counter() - started
-    except OSError as error:
-        return {"unavailable": f"the file system offers no O_DIRECT ({error.strerror})"}
-    finally:
-        os.close(descriptor)
     return {"read_bytes_per_s": round(total / seconds), "bytes": total}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import mul
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from runtime_cpu.memory import format_bytes
@@ -153,9 +154,14 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
                 f"{format_bytes(row.cgroup_peak_bytes)} were charged"
             )
         if row.bytes_read_per_token is not None and row.cache_hit_rate is not None:
+            each = row.bytes_read_per_token
+            rate = ""
+            if row.decode_tokens_per_s is not None:
+                rate = f", {fmean(map(mul, each.runs, row.decode_tokens_per_s.runs)) / 1e6:.0f} MB/s"
             lines.append(
                 f"{'':<20} {row.cache_hit_rate.median:.1%} of experts found in memory; decoding read "
-                f"{row.bytes_read_per_token.median / 1e6:.1f} MB per token"
+                f"{each.median / 1e6:.1f} MB per token ({each.low / 1e6:.1f}-{each.high / 1e6:.1f}, mean "
+                f"{fmean(each.runs) / 1e6:.1f}){rate}"
             )
         if row.others_cores is not None and row.others_cores.high >= _BUSY_CORES:
             runs = ", ".join(f"{cores:.1f}" for cores in row.others_cores.runs)
@@ -170,10 +176,11 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
         f"{speed / 1e9:.1f} GB/s with {count} thread{'s' if count != '1' else ''}"
         for count, speed in report["read_bytes_per_s"].items()
     )
-    disk = report["disk"]
-    rate = disk.get("unavailable") or f"{disk['read_bytes_per_s'] / 1e6:.0f} MB/s"
+    disk = report["disk"]["before"].get("unavailable") or " and ".join(
+        f"{report['disk'][when]['read_bytes_per_s'] / 1e6:.0f} MB/s {when}" for when in ("before", "after")
+    )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    lines += [f"memory read bandwidth: {speeds}; disk, sequential: {rate}", f"versions: {versions}"]
+    lines += [f"memory read bandwidth: {speeds}; disk: {disk}", f"versions: {versions}"]
     return "\n".join(lines) + "\n"
 
 

@@ -66,7 +66,8 @@ def test_every_option_at_once(tmp_path: Path) -> None:
     assert report["read_bytes_per_s"]["1"] == max(
         report["bandwidth"][when]["1"] for when in ("before", "after")
     )
-    assert report["disk"] == {"unavailable": "the file is too small to tell"}
+    small = {"unavailable": "the file is too small to tell"}
+    assert report["disk"] == {"before": small, "after": small}
     assert report["contended"] and "burned one core" in done.stdout and "tokens after 40" in done.stdout
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -156,6 +157,8 @@ def test_ratios_pair_the_rounds() -> None:
         row("runtime_cpu", spread(10, 40), spread(2, 4)),
         weight_bytes_per_token=900_000_000,
         kv_bytes_per_token=100_000_000,
+        cache_hit_rate=spread(0.5, 0.7),
+        bytes_read_per_token=spread(10e6, 20e6),
     )
     other = row(PEER_MODULE, spread(5, 10), spread(1, 1))
     (ratio,) = ratios([mine, other], "runtime_cpu", PEER_MODULE)
@@ -173,14 +176,22 @@ def test_ratios_pair_the_rounds() -> None:
         },
         "read_bytes_per_s": {"2": 10e9},
         "bandwidth": {"before": {"2": 10e9}, "after": {"2": 9e9}},
-        "disk": {"read_bytes_per_s": 1e9},
+        "disk": {"before": {"read_bytes_per_s": 1e9}, "after": {"read_bytes_per_s": 2e9}},
         "versions": {},
         "notes": ["the peer died"],
     }
     shown = table(report, [mine, other], ratios([mine, other], "runtime_cpu", PEER_MODULE))
     assert "prompt 3.00 (2.00-4.00), decode 3.00 (2.00-4.00)" in shown
     assert "1000.0           30%" in shown  # 3 tokens/s of a GB at 10 GB/s
-    assert "10.0, 9.0" in shown and "note: the peer died" in shown and "1000 MB/s" in shown
+    assert (
+        "60.0% of experts found in memory; decoding read 15.0 MB per token (10.0-20.0, mean 15.0), 50 MB/s"
+        in shown
+    )
+    assert (
+        "10.0, 9.0" in shown
+        and "note: the peer died" in shown
+        and "1000 MB/s before and 2000 MB/s after" in shown
+    )
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
