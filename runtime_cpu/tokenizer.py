@@ -18,6 +18,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ def byte_alphabet() -> list[str]:
 
 
 _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(byte_alphabet())}
+_BYTE_OF_CODE_POINT = {ord(character): byte for character, byte in _BYTE_OF_CHARACTER.items()}
 
 
 class Tokenizer:
@@ -97,20 +99,27 @@ class Tokenizer:
                 "tokenizer.ggml.add_bos_token is set and tokenizer.ggml.bos_token_id is missing"
             )
 
-        vocabulary: dict[str, int] = {}
+        # 150,000 tokens a start: everything that touches each of them is one call over all.
+        is_normal = np.asarray(token_types) == TokenType.NORMAL
+        normal = np.flatnonzero(is_normal).tolist()
+        texts = tokens if len(normal) == len(tokens) else [tokens[index] for index in normal]
+        vocabulary = dict(zip(texts, normal, strict=True))
+        if len(vocabulary) != len(texts):
+            _refuse_repeated(texts, normal)
+        missing = [byte for character, byte in _BYTE_OF_CHARACTER.items() if character not in vocabulary]
+        if missing:
+            raise TokenizerError(
+                f"the vocabulary lacks {len(missing)} of the 256 bytes, first 0x{missing[0]:02x}"
+            )
+        if not _BYTE_OF_CHARACTER.keys() >= set("".join(texts)):
+            _refuse_character(texts, normal)
+
         added: dict[str, int] = {}
         self.control_tokens: dict[str, int] = {}
-        pieces: list[bytes] = []
-        for index, (text, kind) in enumerate(zip(tokens, token_types, strict=True)):
-            if kind == TokenType.NORMAL:
-                if text in vocabulary:
-                    raise TokenizerError(f"token {text!r} occurs twice, as {vocabulary[text]} and {index}")
-                vocabulary[text] = index
-                pieces.append(_normal_token_bytes(text, index))
-                continue
+        for index in np.flatnonzero(~is_normal).tolist():
+            text, kind = tokens[index], token_types[index]
             if kind not in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED):
                 raise TokenizerError(f"token {index} has type {kind}; byte-level BPE knows 1, 3, 4 and 5")
-            pieces.append(text.encode("utf-8", "surrogateescape"))
             if kind == TokenType.UNUSED:
                 continue
             if not text or text in added:
@@ -118,20 +127,25 @@ class Tokenizer:
             added[text] = index
             if kind == TokenType.CONTROL:
                 self.control_tokens[text] = index
-        missing = [byte for character, byte in _BYTE_OF_CHARACTER.items() if character not in vocabulary]
-        if missing:
-            raise TokenizerError(
-                f"the vocabulary lacks {len(missing)} of the 256 bytes, first 0x{missing[0]:02x}"
-            )
-
-        for left, right in merges:
-            if left + right in added:
-                raise TokenizerError(f"the merge {left!r} {right!r} makes the special token {left + right!r}")
+        if not added.keys().isdisjoint(map("".join, merges)):
+            left, right = next(pair for pair in merges if "".join(pair) in added)
+            raise TokenizerError(f"the merge {left!r} {right!r} makes the special token {left + right!r}")
         self._user_defined = {text: i for text, i in added.items() if text not in self.control_tokens}
         self._plain = self._build(vocabulary, merges, self._user_defined)
         # One text and its cuts: 150,000 small objects would weigh several times as much.
+        pieces: list[bytes] = []
+        lengths: list[int] = [0]
+        changes = (np.flatnonzero(np.diff(is_normal)) + 1).tolist()
+        for begin, end in pairwise([0, *changes, len(tokens)]):
+            names = tokens[begin:end]
+            if is_normal[begin]:
+                pieces.append("".join(names).translate(_BYTE_OF_CODE_POINT).encode("latin-1"))
+                lengths += map(len, names)
+            else:
+                pieces += (raw := [text.encode("utf-8", "surrogateescape") for text in names])
+                lengths += map(len, raw)
         self._bytes = b"".join(pieces)
-        self._ends = np.cumsum([0, *map(len, pieces)], dtype=np.int64)
+        self._ends = np.cumsum(lengths, dtype=np.int64)
         stops = [eos_id, eot_id, *(self.control_tokens.get(text) for text in _STOP_TEXTS)]
         self.stop_ids = frozenset(token_id for token_id in stops if token_id is not None)
         self._control_ids = frozenset(self.control_tokens.values())
@@ -175,14 +189,13 @@ class Tokenizer:
         if pre != "qwen2":
             raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; this engine runs 'qwen2'")
         tokens = _strings(metadata, "tokenizer.ggml.tokens")
-        merges: list[tuple[str, str]] = []
-        for index, line in enumerate(_strings(metadata, "tokenizer.ggml.merges")):
-            left, separator, right = line.partition(" ")
-            if not (left and separator and right) or " " in right:
-                raise TokenizerError(
-                    f"tokenizer.ggml.merges[{index}] is {line!r}; it should be two tokens and a space"
-                )
-            merges.append((left, right))
+        lines = _strings(metadata, "tokenizer.ggml.merges")
+        merges: list[Any] = [tuple(line.split(" ")) for line in lines]
+        if not set(map(len, merges)) <= {2} or not all(map(all, merges)):
+            index = next(i for i, pair in enumerate(merges) if len(pair) != 2 or not all(pair))
+            raise TokenizerError(
+                f"tokenizer.ggml.merges[{index}] is {lines[index]!r}; it should be two tokens and a space"
+            )
         raw_types = metadata.get("tokenizer.ggml.token_type")
         types = [TokenType.NORMAL] * len(tokens) if raw_types is None else [int(kind) for kind in raw_types]
         return cls(
@@ -270,13 +283,21 @@ class StreamDecoder:
         return rest
 
 
-def _normal_token_bytes(text: str, index: int) -> bytes:
-    try:
-        return bytes(map(_BYTE_OF_CHARACTER.__getitem__, text))
-    except KeyError as error:
-        raise TokenizerError(
-            f"token {index} ({text!r}) has the character {error}, which stands for no byte"
-        ) from None
+def _refuse_repeated(texts: Sequence[str], indices: Sequence[int]) -> None:
+    first: dict[str, int] = {}
+    for text, index in zip(texts, indices, strict=True):
+        if text in first:
+            raise TokenizerError(f"token {text!r} occurs twice, as {first[text]} and {index}")
+        first[text] = index
+
+
+def _refuse_character(texts: Sequence[str], indices: Sequence[int]) -> None:
+    for text, index in zip(texts, indices, strict=True):
+        for character in text:
+            if character not in _BYTE_OF_CHARACTER:
+                raise TokenizerError(
+                    f"token {index} ({text!r}) has the character {character!r}, which stands for no byte"
+                )
 
 
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
@@ -297,12 +318,10 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
     if value is None:
         raise TokenizerError(f"the file has no {key}; export it with its tokenizer")
-    result: list[str] = []
-    for index, item in enumerate(value):
-        if not isinstance(item, str):
-            raise TokenizerError(f"{key}[{index}] should be text, it is {type(item).__name__}")
-        result.append(item)
-    return result
+    if not set(map(type, value)) <= {str}:
+        index, item = next(pair for pair in enumerate(value) if not isinstance(pair[1], str))
+        raise TokenizerError(f"{key}[{index}] should be text, it is {type(item).__name__}")
+    return list(value)
 
 
 def _optional_id(metadata: Mapping[str, Any], key: str) -> int | None:
