@@ -319,7 +319,7 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     if value is None:
         raise TokenizerError(f"the file has no {key}; export it with its tokenizer")
     if not set(map(type, value)) <= {str}:
-        index, item = next(pair for pair in enumerate(value) if not isinstance(pair[1], str))
+        index, item = next(pair for pair in enumerate(value) if type(pair[1]) is not str)
         raise TokenizerError(f"{key}[{index}] should be text, it is {type(item).__name__}")
     return list(value)
 

@@ -10,7 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime_cpu.tokenizer import Tokenizer, TokenizerError
+from runtime_cpu.tokenizer import Tokenizer, TokenizerError, byte_alphabet
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, CORPUS, USER_DEFINED, read_metadata, train, write_gguf
 
 pieces = st.one_of(
@@ -153,6 +153,41 @@ def test_a_repeated_token_is_refused(metadata: dict[str, Any]) -> None:
     tokens[300] = tokens[299]
     with pytest.raises(TokenizerError, match="occurs twice, as 299 and 300"):
         Tokenizer.from_metadata({**metadata, **change("tokens", tokens)})
+
+
+@pytest.mark.parametrize(
+    ("index", "text", "kind", "message"),
+    [
+        (290, "ĠĠ€", 1, r"token 290 \('ĠĠ€'\) has the character '€', which stands for no byte"),
+        (290, "", 3, "special token 290 is empty"),
+        (290, "<|im_end|>", 3, "repeats another: '<|im_end|>'"),
+        (290, "x", 6, "token 290 has type 6"),
+    ],
+)
+def test_a_token_that_cannot_be_is_named(
+    metadata: dict[str, Any], index: int, text: str, kind: int, message: str
+) -> None:
+    tokens, kinds = (list(metadata[f"tokenizer.ggml.{key}"]) for key in ("tokens", "token_type"))
+    tokens[index], kinds[index] = text, kind
+    changed = {**change("tokens", tokens), **change("token_type", kinds), **change("merges", [])}
+    with pytest.raises(TokenizerError, match=message):
+        Tokenizer.from_metadata({**metadata, **changed})
+
+
+def test_every_token_has_its_bytes_wherever_special_ones_lie() -> None:
+    alphabet = byte_alphabet()
+    tokens, kinds, expected = [], [], []
+    for byte, character in enumerate(alphabet):
+        if byte % 50 == 0:  # the first token is special too
+            kind = [3, 4, 5][byte // 50 % 3]
+            for text in (f"<|ü{byte}|>", f"<|{byte}|>")[: 1 + byte % 100 // 50]:
+                tokens, kinds = [*tokens, text], [*kinds, kind]
+                expected.append(text.encode())
+        tokens, kinds = [*tokens, character, character * 2], [*kinds, 1, 1]
+        expected += [bytes([byte]), bytes([byte, byte])]
+    built = Tokenizer(tokens, [], kinds)
+    assert [built.token_bytes(index) for index in range(len(tokens))] == expected
+    assert built.decode(built.encode("<|ü0|>é", parse_special=True)) == "<|ü0|>é"
 
 
 def _byte_id(tokenizer: Tokenizer, byte: int) -> int:
