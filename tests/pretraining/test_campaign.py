@@ -189,7 +189,8 @@ def test_kills_of_two_processes(
             time.sleep(dice.choice([0.0, 0.05]))
         for process in ranks:
             process.join(30)
-            assert process.exitcode == -signal.SIGKILL
+        # The second may have met the lost connection before its own kill.
+        assert ranks[0].exitcode == -signal.SIGKILL and ranks[1].exitcode in (-signal.SIGKILL, 1)
         kills += 1
         print(f"\nkill {kills} of both: {fall(out)}")
     answer = end(out, start(out))
