@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from components.artifacts import StageError
 
 LOCAL = "local"
-_REPORT_VERSION = 1
+_REPORT_VERSION = 2
 
 
 class DeviceUnavailable(Exception):
