@@ -201,13 +201,13 @@ def _measure(
         for kind in SPEED_TYPES:
             if kind not in files:
                 continue
-            report = step(f"speed-{name}-{kind}", lambda d=device, p=files[kind]: _speed(d, p, config))  # type: ignore[misc]
-            if "unavailable" in report:
-                sentence = f"{name} not run: {report['unavailable']}"
+            try:  # around the step: a device that failed is asked again by the next attempt
+                report = step(f"speed-{name}-{kind}", lambda d=device, p=files[kind]: _speed(d, p, config))  # type: ignore[misc]
+            except DeviceUnavailable as error:
                 if name == LOCAL:
-                    raise StageError(f"the engine could not be measured here: {report['unavailable']}")
-                context.note(sentence)
-                machines[name]["status"] = f"not run: {report['unavailable']}"
+                    raise StageError(f"the engine could not be measured here: {error}") from error
+                context.note(f"{name} not run: {error}")
+                machines[name]["status"] = f"not run: {error}"
                 break
             machines[name] |= {
                 "status": "measured",
@@ -218,16 +218,13 @@ def _measure(
 
 
 def _speed(device: Device, path: Path, config: BenchmarkConfig) -> dict[str, Any]:
-    try:
-        return device.measure(
-            path,
-            runs=config.runs,
-            prompt_tokens=config.prompt_tokens,
-            decode_tokens=config.decode_tokens,
-            timeout_s=config.timeout_s,
-        )
-    except DeviceUnavailable as error:
-        return {"unavailable": str(error)}
+    return device.measure(
+        path,
+        runs=config.runs,
+        prompt_tokens=config.prompt_tokens,
+        decode_tokens=config.decode_tokens,
+        timeout_s=config.timeout_s,
+    )
 
 
 def _row(

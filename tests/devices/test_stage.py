@@ -285,6 +285,25 @@ bench = "echo hello"
     assert len(made.notes) == 2 and made.notes[0].startswith("away not run")
 
 
+def test_a_device_that_failed_is_asked_again(inputs: dict[str, Path], tmp_path: Path) -> None:
+    matrix = device_table(
+        tmp_path,
+        f'''[[device]]
+name = "local"
+description = "here, once there is a file"
+bench = """sh -c 'cat {tmp_path}/there >&2 && {{python}} -m runtime_cpu.bench {{model}} --threads 1 --json - \
+  --runs {{runs}} --prompt {{prompt}} --decode {{decode}}'"""
+''',
+    )
+    out = tmp_path / "out"
+    values: dict[str, Any] = {"matrix": str(matrix), "devices": ["local"], "check_tokens": 0}
+    with pytest.raises(StageError, match="could not be measured here: bench failed with code 1"):
+        run(context(inputs, out, **values))
+    (tmp_path / "there").touch()
+    run(context(inputs, out, **values))
+    assert json.loads((out / "bench.json").read_text())["machines"]["local"]["status"] == "measured"
+
+
 def test_the_committed_matrix_is_sound() -> None:
     devices = read_matrix(PROJECT / "infra/devices/matrix.toml")
     assert next(iter(devices)) == "local" and len(devices) > 2
