@@ -26,7 +26,7 @@ _TITLES = {
     "merge": "Merging",
     "evaluate": "Evaluation",
     "export": "Export",
-    "benchmark": "Devices",
+    "benchmark": "Device benchmark",
 }
 
 
