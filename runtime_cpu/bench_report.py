@@ -176,8 +176,10 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
         f"{speed / 1e9:.1f} GB/s with {count} thread{'s' if count != '1' else ''}"
         for count, speed in report["read_bytes_per_s"].items()
     )
-    disk = report["disk"]["before"].get("unavailable") or " and ".join(
-        f"{report['disk'][when]['read_bytes_per_s'] / 1e6:.0f} MB/s {when}" for when in ("before", "after")
+    disk = " and ".join(
+        found.get("unavailable") or f"{found['read_bytes_per_s'] / 1e6:.0f} MB/s {when}"
+        for when, found in report["disk"].items()
+        if when == "before" or found != report["disk"]["before"]
     )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += [f"memory read bandwidth: {speeds}; disk: {disk}", f"versions: {versions}"]
