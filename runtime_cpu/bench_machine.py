@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime_cpu.engine import available_kernels
 
@@ -98,16 +99,10 @@ def measure_bandwidth(threads: int) -> float:
     The inner loop is BLAS's dot product of an array's halves: two streams of loads per thread.
     """
     size = min(_BANDWIDTH_BYTES, _memory_bytes() // 8) // threads // 8 * 8
-    maps, halves = [], []
+    halves = []
     for _ in range(threads):
-        memory = mmap.mmap(-1, size + _HUGE_PAGE_BYTES)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        raw = np.frombuffer(memory, np.uint8)
-        start = -raw.ctypes.data % _HUGE_PAGE_BYTES
-        array = raw[start : start + size].view(np.float32)
+        array = _huge_pages(size).view(np.float32)
         array[:] = 1
-        maps.append(memory)
         halves.append((array[: array.size // 2], array[array.size // 2 :]))
     best = 0.0
     for _ in range(6):
@@ -119,6 +114,16 @@ def measure_bandwidth(threads: int) -> float:
             worker.join()
         best = max(best, threads * size / (time.perf_counter() - started))
     return best
+
+
+def _huge_pages(size: int) -> NDArray[np.uint8]:
+    """``size`` bytes that begin at a huge page, where the system has them, and live as long as the array."""
+    memory = mmap.mmap(-1, size + _HUGE_PAGE_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    room = np.frombuffer(memory, np.uint8)
+    start = -room.ctypes.data % _HUGE_PAGE_BYTES
+    return room[start : start + size]
 
 
 def disk_rate(file: Path) -> dict[str, Any]:
@@ -138,14 +143,10 @@ def disk_rate(file: Path) -> dict[str, Any]:
     deadline = time.perf_counter() + _DISK_S
 
     def read_share(descriptor: int) -> int:
-        memory = mmap.mmap(-1, _DISK_BLOCK_BYTES + _HUGE_PAGE_BYTES)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        room = np.frombuffer(memory, np.uint8)
-        start = -room.ctypes.data % _HUGE_PAGE_BYTES
+        block = _huge_pages(_DISK_BLOCK_BYTES).data
         total = 0
         for offset in offsets:
-            total += os.preadv(descriptor, [room[start : start + _DISK_BLOCK_BYTES].data], offset)
+            total += os.preadv(descriptor, [block], offset)
             if time.perf_counter() > deadline:
                 break
         return total

@@ -177,10 +177,11 @@ def table(report: Mapping[str, Any], rows: Sequence[Row], compared: Sequence[Rat
         for count, speed in report["read_bytes_per_s"].items()
     )
     disk = " and ".join(
-        found.get("unavailable") or f"{found['read_bytes_per_s'] / 1e6:.0f} MB/s {when}"
+        f"{found['read_bytes_per_s'] / 1e6:.0f} MB/s {when}"
         for when, found in report["disk"].items()
-        if when == "before" or found != report["disk"]["before"]
+        if "read_bytes_per_s" in found
     )
+    disk = disk or report["disk"]["before"]["unavailable"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += [f"memory read bandwidth: {speeds}; disk: {disk}", f"versions: {versions}"]
     return "\n".join(lines) + "\n"

@@ -102,7 +102,7 @@ class Tokenizer:
         # 150,000 tokens a start: everything that touches each of them is one call over all.
         is_normal = np.asarray(token_types) == TokenType.NORMAL
         normal = np.flatnonzero(is_normal).tolist()
-        texts = tokens if len(normal) == len(tokens) else [tokens[index] for index in normal]
+        texts = [tokens[index] for index in normal]
         vocabulary = dict(zip(texts, normal, strict=True))
         if len(vocabulary) != len(texts):
             _refuse_repeated(texts, normal)
