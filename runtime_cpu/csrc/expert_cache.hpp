@@ -2,9 +2,9 @@
 // is computed never depends on its size, its policy or the order in which reads end.
 //
 //   ExpertCache cache(reader, layout, memory);
-//   cache.request(layer, experts);             // as soon as the router has spoken; starts reads, never
-//   blocks cache.wait(layer, expert, part)            // by any compute thread: the address, once the part is
-//   there cache.release(layer);                      // after all waits of the layer have returned
+//   cache.request(layer, experts);      // once the router has spoken; starts reads, never blocks
+//   cache.wait(layer, expert, part);    // by any compute thread: the address, once the part is there
+//   cache.release(layer);               // after all waits of the layer have returned
 //
 // An expert lies in one slot and has one or more parts, which are read in order (gate first, so that work can
 // begin): of one request first all gates, then all second parts. From request to release its experts are
