@@ -155,7 +155,7 @@ class Engine(ClosedAtExit):
                 the first that works.
             policy: which experts make room: ``"lru"``, ``"lfu"``, ``"lrfu"``, … (docs/engine.md); by default the best
                 of our measurements.
-            speculate: read what the next layer will probably want while the disk would idle.
+            speculate: read what the next layers will probably want, as far as such guesses have been right.
             head: ``"exact"``, or ``"predictor"``: of the output matrix only the rows that the file's predictor names
                 are computed, and the other logits are minus infinity. Faster, and it can lose tokens.
 

@@ -14,6 +14,7 @@ namespace smallthinker {
 namespace {
 
 constexpr std::int64_t kAnyTime = std::numeric_limits<std::int64_t>::max();
+constexpr double kGuessed = 1e12;  // more than any policy's worth
 constexpr std::int64_t kOnlyEmpty = std::numeric_limits<std::int64_t>::min();
 
 std::size_t at(int index) { return static_cast<std::size_t>(index); }
@@ -135,7 +136,8 @@ int ExpertCache::take_slot(std::int64_t used_before) {
     }
     const auto key = static_cast<std::size_t>(slot.key);
     if (history_.last_token(key) >= used_before || (slot.speculative && used_before != kAnyTime)) continue;
-    const double worth = policy_->worth(history_, key);
+    double worth = policy_->worth(history_, key);
+    if (slot.speculative && history_.to_come(key)) worth += kGuessed;
     if (worst >= 0 && worth >= least) continue;
     if (busy(slot)) continue;  // looked at last: the parts of thousands of slots do not fit into a cache
     least = worth;
@@ -479,7 +481,7 @@ int ExpertCache::speculate(int layer, std::span<const std::int32_t> experts) {
   int begun = 0;
   for (const std::int32_t expert : experts) {
     const std::size_t key = key_of(layer, expert);
-    if (reader_.urgent() > 0 || reader_.unfinished() > reader_.depth() || !starved_.empty()) break;
+    if (reader_.unfinished() > reader_.depth() || !starved_.empty()) break;
     if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || wanted_[key] != 0) continue;
     const int slot = assign(key, history_.first_of_last_pass());
     if (slot < 0) break;

@@ -118,6 +118,10 @@ bool ExpertStore::ready(std::int64_t layer, std::int64_t expert) const {
   return states_[key(layer, expert)].load(std::memory_order_relaxed) == State::kReady;
 }
 
+bool ExpertStore::in_memory(std::int64_t layer, std::int64_t expert) const {
+  return cache_ == nullptr || cache_->in_memory(narrow(layer), narrow(expert));
+}
+
 void ExpertStore::speculate(std::int64_t layer, std::span<const std::int32_t> experts) {
   if (cache_ != nullptr) cache_->speculate(narrow(layer), experts);
 }

@@ -47,10 +47,11 @@ class ExpertStore {
   void request(std::int64_t layer, std::span<const ExpertUse> uses, std::int64_t rows);
   void release(std::int64_t layer);
   bool ready(std::int64_t layer, std::int64_t expert) const;
+  bool in_memory(std::int64_t layer, std::int64_t expert) const;  // or on its way
   const std::byte* gate(std::int64_t layer, std::int64_t expert);
   const std::byte* whole(std::int64_t layer, std::int64_t expert);
 
-  // Whether the disk has nothing to do, and reads of what may be wanted next.
+  // Whether the disk has nothing to do; reads of what may be wanted next, as far as the reader has room.
   bool idle() const { return cache_ != nullptr && reader_->unfinished() == 0; }
   void speculate(std::int64_t layer, std::span<const std::int32_t> experts);
 

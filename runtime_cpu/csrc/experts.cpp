@@ -3,7 +3,6 @@
 // Sums have one order whatever the batch and the threads: the neurons of a slice, the slices of an expert,
 // the experts of a token, each ascending.
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "runtime.hpp"
@@ -121,25 +120,33 @@ void Runtime::request_experts(std::int64_t index, std::int64_t tokens) {
   }
 }
 
-// The next layer's router on the residual stream as it is now, while the disk would idle. Only the first half
-// of what it names: the last ranks are often wrong, and what they read in vain others wait for (docs/log.md).
-void Runtime::guess_next(std::int64_t index) {
+// The next layers' routers on the residual stream as it enters this one: read_ahead() takes what they say.
+void Runtime::ask_forecast(std::int64_t index) {
+  const std::int64_t last = std::min(index + ExpertForecast::kReach, model_->hyper.layers - 1);
+  for (std::int64_t next = index + 1; next <= last; ++next) {
+    const TileMatrix& router = forecast_->router(next);
+    tasks_.push_back({nullptr, &router, 0, 0, router.tiles(), scratch_.x.view(), 1,
+                      forecast_->logits(next - index), router.rows});
+  }
+}
+
+// Begins to read guesses of the next layers, the nearest first. A guess that is read in vain costs the disk
+// as much as a right one saves: an idle disk takes what is right every other time, a busy one three times in
+// four.
+void Runtime::read_ahead(std::int64_t index) {
+  constexpr double kWorthIdle = 0.6;
+  constexpr double kWorthBusy = 0.85;
   const Hyperparameters& hyper = model_->hyper;
-  if (!speculate_ || index + 1 >= hyper.layers || !weights_.experts->idle()) return;
-  const Linear& router = weights_.layers[static_cast<std::size_t>(index + 1)].router;
-  if (router.quantised()) return;
-  std::vector<float>& logits = guess_logits_;
-  logits.resize(static_cast<std::size_t>(hyper.experts));
-  kernels_.matmul(router.stock, 0, 0, hyper.experts, scratch_.x.view(), 1, logits.data(), hyper.experts);
-  guess_.resize(logits.size());
-  std::iota(guess_.begin(), guess_.end(), 0);
-  const std::int64_t count = (hyper.experts_per_token + 1) / 2;
-  std::partial_sort(guess_.begin(), guess_.begin() + count, guess_.end(),
-                    [&](std::int32_t a, std::int32_t b) {
-                      return logits[static_cast<std::size_t>(a)] > logits[static_cast<std::size_t>(b)];
-                    });
-  guess_.resize(static_cast<std::size_t>(count));
-  weights_.experts->speculate(index + 1, guess_);
+  ExpertStore& store = *weights_.experts;
+  forecast_->learn(index, {scratch_.expert_ids, static_cast<std::size_t>(hyper.experts_per_token)});
+  const std::int64_t reach = std::min(ExpertForecast::kReach, hyper.layers - 1 - index);
+  for (std::int64_t distance = 1; distance <= reach; ++distance) {
+    const std::int64_t next = index + distance;
+    const auto in_memory = [&](std::int32_t expert) { return store.in_memory(next, expert); };
+    for (const ExpertGuess& guess : forecast_->lacking(index, distance, in_memory)) {
+      if (guess.worth >= (store.idle() ? kWorthIdle : kWorthBusy)) store.speculate(next, {&guess.expert, 1});
+    }
+  }
 }
 
 void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
@@ -149,7 +156,6 @@ void Runtime::packed_experts(std::int64_t index, std::int64_t tokens) {
   const std::int64_t slots = tokens * hyper.experts_per_token;
   counters_.neurons[at] += static_cast<std::uint64_t>(slots * hyper.expert_hidden);
   if (!store.offloads()) request_experts(index, tokens);
-  if (store.offloads() && tokens == 1) guess_next(index);
   // More experts than the cache has room for come in waves.
   const std::vector<std::int32_t> all = wave_;
   const auto room = static_cast<std::size_t>(store.most_at_once());

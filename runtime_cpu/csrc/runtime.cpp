@@ -116,7 +116,7 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const bool can_offload = weights.packed_experts;
   return {weights.dense_bytes + weights.mapped_bytes + (can_offload ? 0 : weights.expert_bytes),
           can_offload ? weights.expert.bytes() : 0,
-          can_offload ? ExpertStore::overhead_bytes(model) : 0,
+          can_offload ? ExpertStore::overhead_bytes(model) + ExpertForecast::bytes(model) : 0,
           layout.bytes(),
           layout.vector_bytes(),
           scratch.lay_out(model.hyper, weights, layout, options.threads, options.chunk, nullptr)};
@@ -129,13 +129,14 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       chunk_(options.chunk),
       pool_(options.threads),
       weights_(model_, kernels_, pool_, options.experts, options.predict_head),
-      quantise_router_input_(any_quantised(*model_)),
-      speculate_(options.speculate) {
+      quantise_router_input_(any_quantised(*model_)) {
   const Hyperparameters& hyper = model_->hyper;
   memory_.resize(scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_, nullptr));
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
   scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_,
                    memory_.data() + (64 - address % 64) % 64);
+  if (options.speculate && weights_.experts != nullptr && weights_.experts->offloads())
+    forecast_ = std::make_unique<ExpertForecast>(*model_);
   // As the model was trained: frequencies and angles in fp32.
   for (std::int64_t i = 0; i < hyper.head_dim / 2; ++i) {
     const double exponent = static_cast<double>(2 * i) / static_cast<double>(hyper.head_dim);
@@ -312,18 +313,21 @@ void Runtime::run_layer(std::int64_t index, std::span<const BatchRow> rows) {
   const std::int64_t pairs = hyper.head_dim / 2;
   Scratch& s = scratch_;
 
+  // The router reads the residual stream itself, before the norm and before attention: what it chooses can be
+  // read from disk meanwhile, and what the next layers will choose can be guessed.
+  const bool early = weights_.experts != nullptr && weights_.experts->offloads();
+  const bool ahead = forecast_ != nullptr && tokens == 1;
   each_row(tokens, [&](std::int64_t i) {
     normalise(s.x, layer.attention_norm, i);
-    if (quantise_router_input_) quantise(s.x.from(i));
+    if (quantise_router_input_ || ahead) quantise(s.x.from(i));
   });
-  // The router reads the residual stream itself, before the norm and before attention: what it chooses can be
-  // read from disk meanwhile.
-  const bool early = weights_.experts != nullptr && weights_.experts->offloads();
   add_tasks(weights.router, s.x.view(), tokens, s.router_logits, hyper.experts);
   if (early) {
+    if (ahead) ask_forecast(index);
     run_matmuls();
     route(tokens);
     request_experts(index, tokens);
+    if (ahead) read_ahead(index);
   }
   add_tasks(weights.query, s.normed.view(), tokens, s.query, query_size);
   add_tasks(weights.key, s.normed.view(), tokens, s.key, kv_size);

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "expert_forecast.hpp"
 #include "kernels.hpp"
 #include "model.hpp"
 #include "sampler.hpp"
@@ -33,7 +34,7 @@ struct RuntimeOptions {
   std::string kv_type = "auto";  // "f32", "f16", "q8"
   ExpertStoreOptions experts = {};
   bool predict_head = false;  // compute only the rows of the head that the file's predictor names
-  bool speculate = true;      // read what the next layer may want while the disk idles
+  bool speculate = true;      // read what the next layers will probably want
 };
 
 // How keys and values are stored. Throws EngineError for another name.
@@ -181,7 +182,8 @@ class Runtime {
   void gate_and_up(const Layer& layer, Task& task);
   void request_wave(std::int64_t layer, std::int64_t tokens);
   void request_experts(std::int64_t layer, std::int64_t tokens);
-  void guess_next(std::int64_t layer);
+  void ask_forecast(std::int64_t layer);
+  void read_ahead(std::int64_t layer);
   void packed_experts(std::int64_t layer, std::int64_t tokens);
   void split_slots(std::int64_t layer);
   void token_blocks(std::int64_t layer);
@@ -216,15 +218,13 @@ class Runtime {
   std::vector<Task> tasks_;
   std::vector<std::int32_t> wave_;  // experts of the layer under way, in the order of their reads
   std::vector<ExpertUse> uses_;
-  std::vector<std::int32_t> guess_;
-  std::vector<float> guess_logits_;
+  std::unique_ptr<ExpertForecast> forecast_;  // when experts are on disk and guessing is allowed
   bool requested_ = false;
   std::atomic<bool> failed_{false};
   std::exception_ptr failure_;
   std::mutex failure_mutex_;
   std::vector<float> inverse_frequencies_;
   bool quantise_router_input_ = false;
-  bool speculate_ = true;
   HeadRows head_rows_ = HeadRows::kNamed;
   Counters counters_;  // of the forward pass under way
   std::mutex mutex_;

@@ -288,6 +288,33 @@ void keep_promises() {
   CHECK(counters.waited_s > 0.0 && counters.bytes_read > 0);
 }
 
+// What was read for a layer to come stays until that layer has had its turn.
+void keep_guesses() {
+  const ExpertFile experts(4, 6, 2, true);
+  Weather weather;
+  const auto reader = open_reader(experts, weather);
+  const AlignedMemory memory(experts.layout.slot_bytes * 4);
+  ExpertCache cache(*reader, experts.layout, memory.span());
+  const auto use = [&](int layer, std::initializer_list<std::int32_t> list) {
+    const std::vector<std::int32_t> ids(list);
+    cache.request(layer, ids);
+    for (const std::int32_t expert : ids) cache.wait(layer, expert, 1);
+    cache.release(layer);
+  };
+  for (int token = 0; token < 4; ++token) use(0, {0, 1, 2, 3});  // used often, the guess never
+  for (int token = 0; token < 3; ++token) {
+    use(1, {});
+    use(0, {});
+  }
+  CHECK(cache.speculate(3, std::vector<std::int32_t>{5}) == 1);
+  cache.settle();
+  use(1, {0});
+  use(2, {0, 1});
+  CHECK(cache.in_memory(3, 5), "a guess gave way before its layer's turn");
+  use(3, {4});
+  CHECK(!cache.in_memory(3, 5), "a guess that was wrong stays");
+}
+
 // While reads hang, nothing that they write to is given away, and requests overtake guesses.
 void hold_reads() {
   const ExpertFile experts(3, 6, 2, true);
@@ -419,6 +446,7 @@ void test_expert_cache() {
     fail_and_recover(backend, true);
   }
   keep_promises();
+  keep_guesses();
   hold_reads();
   detach_under_way();
   refuse_bad_layouts();

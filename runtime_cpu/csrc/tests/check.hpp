@@ -26,6 +26,7 @@ void test_checksum();
 void test_file_reader();
 void test_expert_cache();
 void test_cache_policies();
+void test_forecast();
 void test_forward();
 void test_head();
 void test_offload();

@@ -44,6 +44,7 @@ int main(int argc, char** argv) {
   if (runs("reader")) test_reader();
   if (runs("fuzz")) test_reader_fuzz(cases, seed);
   if (runs("coverage")) test_coverage(guided, seed);
+  if (runs("forecast")) test_forecast();
   if (runs("forward")) test_forward();
   if (runs("head")) test_head();
   if (runs("offload")) test_offload();

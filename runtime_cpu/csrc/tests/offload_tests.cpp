@@ -90,6 +90,7 @@ void test_offload() {
     return fault;
   };
   int round = 0;
+  std::uint64_t guessed = 0;
   for (const std::size_t slots : {2, 3, 5, 6, 11, 23}) {
     for (const char* backend : {"threads", "page_cache"}) {
       RuntimeOptions options = options_for(1 + round % 4, std::int64_t{1} << (round % 6), slots * each);
@@ -104,9 +105,12 @@ void test_offload() {
             backend, options.threads);
       const CacheCounters counters = runtime.experts()->counters();
       CHECK(counters.misses > 0 && counters.bytes_read > 0 && counters.failures == 0);
+      CHECK(options.speculate || counters.speculated == 0);
+      guessed += counters.speculated;
       ++round;
     }
   }
+  CHECK(guessed > 0, "nothing was guessed");
   CHECK(run(in_memory, *model, tokens) == expected, "a second run gave other bits");
 
   // A disk that fails now and then: each failure is one error with a sentence, and the next attempt can

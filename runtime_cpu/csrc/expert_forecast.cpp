@@ -1,0 +1,114 @@
+#include "expert_forecast.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include "kernels.hpp"
+
+namespace smallthinker {
+namespace {
+
+constexpr double kDecay = 0.99;  // of a record, per guess
+
+// As ggml's reference quantiser: the value of greatest magnitude becomes -8.
+void quantise_q4_0(const float* x, std::byte* block) {
+  float extreme = 0.0F;
+  for (std::int64_t i = 0; i < kActivationBlock; ++i) {
+    if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
+  }
+  const std::uint16_t scale = float_to_half(extreme / -8.0F);
+  const float step = half_to_float(scale);
+  const float inverse = step != 0.0F ? 1.0F / step : 0.0F;
+  const auto nibble = [&](float value) {
+    const float q = value * inverse + 8.5F;
+    return static_cast<unsigned>(q > 0.0F ? std::min(q, 15.0F) : 0.0F);  // NaN becomes 0
+  };
+  std::memcpy(block, &scale, sizeof scale);
+  for (std::int64_t i = 0; i < kActivationBlock / 2; ++i) {
+    block[2 + i] = static_cast<std::byte>(nibble(x[i]) | nibble(x[i + kActivationBlock / 2]) << 4U);
+  }
+}
+
+// A damaged file may give NaN, which has no place in an order.
+float sortable(float score) { return score == score ? score : -std::numeric_limits<float>::infinity(); }
+
+TileMatrix shape_of(const Model& model) {
+  return {nullptr, model.hyper.experts, round_up(model.hyper.hidden, kActivationBlock)};
+}
+
+void read_row(const Linear& router, std::int64_t row, float* out) {
+  if (router.tiled()) return unpack_tile_row(router.tiles, row, out);
+  dequantise(router.stock.type, router.stock.row(row), router.stock.cols, out);
+}
+
+}  // namespace
+
+std::size_t ExpertForecast::bytes(const Model& model) {
+  return static_cast<std::size_t>(model.hyper.layers) * shape_of(model).bytes();
+}
+
+ExpertForecast::ExpertForecast(const Model& model)
+    : experts_(model.hyper.experts),
+      used_(model.hyper.experts_per_token),
+      memory_(bytes(model)),
+      logits_(static_cast<std::size_t>(kReach * experts_)),
+      records_(static_cast<std::size_t>(kReach * used_)),
+      pending_(static_cast<std::size_t>(model.hyper.layers)),
+      order_(static_cast<std::size_t>(experts_)) {
+  TileMatrix tiles = shape_of(model);
+  std::vector<float> row(static_cast<std::size_t>(tiles.cols));
+  Matrix stock = make_matrix(nullptr, Type::kQ4_0, tiles.cols, tiles.rows);
+  std::vector<std::byte> rows(stock.row_bytes * static_cast<std::size_t>(stock.rows));
+  stock.data = rows.data();
+  std::byte* next = memory_.data();
+  for (const Layer& layer : model.layers) {
+    for (std::int64_t r = 0; r < tiles.rows; ++r) {
+      read_row(layer.router, r, row.data());
+      std::byte* to = rows.data() + stock.row_bytes * static_cast<std::size_t>(r);
+      const auto block_bytes = static_cast<std::size_t>(traits_of(Type::kQ4_0).block_bytes);
+      for (std::int64_t c = 0; c < tiles.cols; c += kActivationBlock, to += block_bytes)
+        quantise_q4_0(row.data() + c, to);
+    }
+    pack_tiles(stock, 0, 0, tiles.tiles(), next);
+    tiles.data = next;
+    routers_.push_back(tiles);
+    next += tiles.bytes();
+  }
+}
+
+void ExpertForecast::learn(std::int64_t layer, std::span<const std::int32_t> chosen) {
+  if (layer == 0) {
+    for (std::vector<Pending>& guesses : pending_) guesses.clear();
+  }
+  std::vector<Pending>& guesses = pending_[static_cast<std::size_t>(layer)];
+  for (const Pending& guess : guesses) {
+    const bool right = std::find(chosen.begin(), chosen.end(), guess.expert) != chosen.end();
+    guess.record->seen = guess.record->seen * kDecay + 1.0;
+    guess.record->right = guess.record->right * kDecay + (right ? 1.0 : 0.0);
+  }
+  guesses.clear();
+}
+
+std::span<const ExpertGuess> ExpertForecast::lacking(std::int64_t layer, std::int64_t distance,
+                                                     const std::function<bool(std::int32_t)>& in_memory) {
+  const float* const scores = logits(distance);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::partial_sort(
+      order_.begin(), order_.begin() + used_, order_.end(),
+      [&](std::int32_t a, std::int32_t b) { return sortable(scores[a]) > sortable(scores[b]); });
+  std::vector<Pending>& guesses = pending_[static_cast<std::size_t>(layer + distance)];
+  Record* const records = records_.data() + (distance - 1) * used_;
+  lacking_.clear();
+  for (std::int64_t rank = 0; rank < used_; ++rank) {
+    const std::int32_t expert = order_[static_cast<std::size_t>(rank)];
+    if (in_memory(expert)) continue;
+    guesses.push_back({expert, records + rank});
+    lacking_.push_back({expert, records[rank].right / records[rank].seen});
+  }
+  return lacking_;
+}
+
+}  // namespace smallthinker
