@@ -24,14 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime_cpu import _core
 from runtime_cpu.batching import Batcher
-from runtime_cpu.chat_template import ChatTemplate
 from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head_predictor import HeadPredictorInfo, choose_head
@@ -41,11 +40,21 @@ from runtime_cpu.peak_memory import peak_resident_bytes
 from runtime_cpu.planning import CHUNK_TOKENS, KV_TYPES, Planner
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
+if TYPE_CHECKING:
+    from runtime_cpu.chat_template import ChatTemplate
+
 _log = logging.getLogger(__name__)
 
 KERNELS_VARIABLE = "RUNTIME_CPU_KERNELS"
 _MOST_TOGETHER = 16  # sequences in one step
 MAX_THREADS = 256
+
+
+def _chat_templates() -> type[ChatTemplate]:
+    """The class, imported late: Jinja takes a quarter of the package's import, and only conversations need it."""
+    from runtime_cpu.chat_template import ChatTemplate
+
+    return ChatTemplate
 
 
 class EngineBusyError(_core.EngineError):
@@ -192,6 +201,7 @@ class Engine(ClosedAtExit):
             # A promise over the whole process: what would be loaded later is loaded, and counted, now.
             with suppress(TokenizerError):
                 tokenizer = Tokenizer.from_metadata(model.metadata())
+            _chat_templates()
             release_free_memory()
         planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
         context, sessions, plan = planner.fit(context, sessions)
@@ -286,7 +296,7 @@ class Engine(ClosedAtExit):
 
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
-        return ChatTemplate.from_metadata(self._model.metadata(arrays=False), self.tokenizer)
+        return _chat_templates().from_metadata(self._model.metadata(arrays=False), self.tokenizer)
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after every one of ``token_ids`` [T]: float32 [T, V]; row t predicts token t + 1.
