@@ -112,9 +112,9 @@ class ExpertCache {
   const std::byte* wait(int layer, int expert, int part);
   void release(int layer);
 
-  // Begins to read experts that may be wanted, as long as the reader's queue is short and there are slots that
-  // are empty or were last used before the previous token. Until its layer has had its turn, a guess is given
-  // up only when nothing else can be. Returns how many reads of experts began.
+  // Begins to read experts that may be wanted, as long as the reader's queue is short and there are slots
+  // that are empty or were last used before the previous token. Until its layer has had its turn, a guess is
+  // given up only when nothing else can be. Returns how many reads of experts began.
   int speculate(int layer, std::span<const std::int32_t> experts);
   // Begins to read experts, in this order, into empty slots. Urgent reads overtake them.
   int warm(std::span<const ExpertKey> experts);

@@ -130,12 +130,11 @@ void Runtime::ask_forecast(std::int64_t index) {
   }
 }
 
-// Begins to read guesses of the next layers, the nearest first. A guess that is read in vain costs the disk
-// as much as a right one saves: an idle disk takes what is right every other time, a busy one three times in
-// four.
+// Begins to read guesses of the next layers, the nearest first. What is read in vain costs nothing on a disk
+// that would do nothing, and on a busy one as much time as a right guess saves.
 void Runtime::read_ahead(std::int64_t index) {
-  constexpr double kWorthIdle = 0.6;
-  constexpr double kWorthBusy = 0.85;
+  constexpr double kWorthIdle = 0.45;
+  constexpr double kWorthBusy = 0.9;
   const Hyperparameters& hyper = model_->hyper;
   ExpertStore& store = *weights_.experts;
   forecast_->learn(index, {scratch_.expert_ids, static_cast<std::size_t>(hyper.experts_per_token)});
