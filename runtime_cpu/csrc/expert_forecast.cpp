@@ -76,6 +76,7 @@ ExpertForecast::ExpertForecast(const Model& model)
     tiles.data = next;
     routers_.push_back(tiles);
     next += tiles.bytes();
+    model.forget_pages();
   }
 }
 

@@ -5,12 +5,11 @@
 // a guess of a rank and a distance was right is learnt from the text. The routers are kept a second time as
 // Q4_0 tiles, a seventh of the bytes and nearly as right (docs/log.md).
 //
-//   kernels.tiles(forecast.router(layer + d), ..., forecast.logits(d), ...);  // on the stream entering
-//   `layer` forecast.learn(layer, chosen);                                           // its own router has
-//   spoken for (const ExpertGuess& guess : forecast.lacking(layer, d, in_memory)) ...
+//   kernels.tiles(forecast.router(layer + d), ..., forecast.logits(d), ...);  // on what enters `layer`
+//   forecast.learn(layer, chosen);                                            // by its own router
+//   for (const ExpertGuess& guess : forecast.lacking(layer, d, in_memory)) ...
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -31,6 +30,7 @@ class ExpertForecast {
  public:
   static constexpr std::int64_t kReach = 4;  // layers ahead
 
+  // Reads the routers from the file and lets go of its pages.
   explicit ExpertForecast(const Model& model);
   static std::size_t bytes(const Model& model);
 
