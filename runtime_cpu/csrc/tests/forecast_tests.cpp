@@ -1,4 +1,5 @@
 // What is guessed of the layers to come: by routers in Q4_0, counted right or wrong by what the layers chose.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
