@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from runtime_cpu import Engine, EngineError
-from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
+from runtime_cpu.chat_template import ChatTemplateError
 from runtime_cpu.generation import Stats
 from runtime_cpu.head_predictor import HEADS
 from runtime_cpu.memory import format_bytes
@@ -32,7 +32,7 @@ class Conversation:
         self, engine: Engine, system: str | None, max_tokens: int | None, sampling: dict[str, float]
     ) -> None:
         self._engine = engine
-        self._template = ChatTemplate.from_metadata(engine.metadata, engine.tokenizer)
+        self._template = engine.chat_template
         self._opening = [{"role": "system", "content": system}] if system else []
         self._max_tokens = max_tokens
         self._sampling = sampling

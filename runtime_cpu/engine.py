@@ -200,7 +200,7 @@ class Engine(ClosedAtExit):
         if budget is not None:
             # A promise over the whole process: what would be loaded later is loaded, and counted, now.
             with suppress(TokenizerError):
-                tokenizer = Tokenizer.from_metadata(model.metadata())
+                tokenizer = Tokenizer.from_model(model)
             _chat_templates()
             release_free_memory()
         planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
@@ -265,7 +265,7 @@ class Engine(ClosedAtExit):
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """Every key of the file; arrays are lists."""
+        """Every key of the file; arrays are lists, and those of a large tokenizer take 40 MB."""
         return self._model.metadata()
 
     @functools.cached_property
@@ -275,7 +275,7 @@ class Engine(ClosedAtExit):
         Raises:
             TokenizerError: the file has none, or one of another kind.
         """
-        return Tokenizer.from_metadata(self.metadata)
+        return Tokenizer.from_model(self._model)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The prompt for ``messages`` by the file's chat template, as text to look at.
@@ -286,16 +286,22 @@ class Engine(ClosedAtExit):
         Raises:
             ChatTemplateError: the template refuses the conversation.
         """
-        return self._chat_template.render(messages, add_generation_prompt)
+        return self.chat_template.render(messages, add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> list[int]:
         """The prompt for ``messages`` as ids."""
-        return self._chat_template.encode(messages, add_generation_prompt)
+        return self.chat_template.encode(messages, add_generation_prompt)
 
     @functools.cached_property
-    def _chat_template(self) -> ChatTemplate:
+    def chat_template(self) -> ChatTemplate:
+        """The file's chat template; ChatML when it has none.
+
+        Raises:
+            ChatTemplateError: it is no valid template.
+            TokenizerError: the file has no tokenizer, or one of another kind.
+        """
         return _chat_templates().from_metadata(self._model.metadata(arrays=False), self.tokenizer)
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:

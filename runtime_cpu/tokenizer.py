@@ -1,6 +1,7 @@
 """Byte-level BPE tokenizer built from a GGUF file's metadata.
 
-    tokenizer = Tokenizer.from_metadata(metadata)      # metadata: key -> value, arrays as sequences
+    tokenizer = Tokenizer.from_model(model)            # an opened file
+    tokenizer = Tokenizer.from_metadata(metadata)      # key -> value, arrays as sequences
     ids = tokenizer.encode("Hello <|im_end|>")          # user text never becomes control tokens
     text = tokenizer.decode(ids)
     stream = tokenizer.stream()
@@ -8,22 +9,24 @@
         print(stream.push(token_id), end="")            # never half a character
     print(stream.finish())
 
-The pre-tokenizer is Qwen2's (``tokenizer.ggml.pre = qwen2``): NFC, then its regular expression, then bytes.
-Merging is done by the ``tokenizers`` library, so ids equal those of the Hugging Face tokenizer of origin.
+The pre-tokenizer is Qwen2's (``tokenizer.ggml.pre = qwen2``): NFC, then its regular expression, both by the
+``tokenizers`` library. Bytes are merged by the core (``csrc/vocabulary.hpp``), which takes the file's tables as they
+are: the library's own model of 150,000 tokens takes ten times as long to make and five times the memory. Ids equal
+those of the Hugging Face tokenizer of origin.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import tokenizers
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
+from tokenizers import Regex, normalizers, pre_tokenizers
+
+from runtime_cpu import _core
+from runtime_cpu._core import TokenizerError as TokenizerError
 
 # Qwen2's pattern, as in its tokenizer.json and in llama.cpp (LLAMA_VOCAB_PRE_TYPE_QWEN2).
 QWEN2_PATTERN = (
@@ -31,10 +34,6 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _STOP_TEXTS = ("<|endoftext|>", "<|im_end|>")
-
-
-class TokenizerError(ValueError):
-    """The metadata does not describe a tokenizer that this engine can run exactly."""
 
 
 class TokenType(IntEnum):
@@ -56,10 +55,6 @@ def byte_alphabet() -> list[str]:
     return [characters[byte] if byte in characters else chr(next(extra)) for byte in range(256)]
 
 
-_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(byte_alphabet())}
-_BYTE_OF_CODE_POINT = {ord(character): byte for character, byte in _BYTE_OF_CHARACTER.items()}
-
-
 class Tokenizer:
     """Text to ids and back. Thread safe: it holds no state between calls.
 
@@ -69,109 +64,51 @@ class Tokenizer:
         add_bos: whether :meth:`encode` puts ``bos_id`` first (``tokenizer.ggml.add_bos_token``).
         stop_ids: ids that end an answer.
         control_tokens: text -> id of the tokens that carry structure (``<|im_start|>``, …).
+        longest_token_bytes: of any id.
     """
 
     def __init__(
         self,
-        tokens: Sequence[str],
-        merges: Sequence[tuple[str, str]],
-        token_types: Sequence[int],
+        vocabulary: _core.Vocabulary,
         *,
         bos_id: int | None = None,
         eos_id: int | None = None,
         eot_id: int | None = None,
         add_bos: bool = False,
     ) -> None:
-        if len(tokens) != len(token_types):
-            raise TokenizerError(
-                f"tokenizer.ggml.token_type has {len(token_types)} entries, "
-                f"tokenizer.ggml.tokens has {len(tokens)}"
-            )
-        self.vocab_size = len(tokens)
+        self.vocab_size = len(vocabulary)
         self.bos_id, self.eos_id, self.eot_id, self.add_bos = bos_id, eos_id, eot_id, add_bos
         for name, value in (("bos", bos_id), ("eos", eos_id), ("eot", eot_id)):
-            if value is not None and not 0 <= value < len(tokens):
+            if value is not None and not 0 <= value < self.vocab_size:
                 raise TokenizerError(
-                    f"tokenizer.ggml.{name}_token_id is {value}, the vocabulary ends at {len(tokens) - 1}"
+                    f"tokenizer.ggml.{name}_token_id is {value}, the vocabulary ends at {self.vocab_size - 1}"
                 )
         if add_bos and bos_id is None:
             raise TokenizerError(
                 "tokenizer.ggml.add_bos_token is set and tokenizer.ggml.bos_token_id is missing"
             )
-
-        # 150,000 tokens a start: everything that touches each of them is one call over all.
-        is_normal = np.asarray(token_types) == TokenType.NORMAL
-        normal = np.flatnonzero(is_normal).tolist()
-        texts = [tokens[index] for index in normal]
-        vocabulary = dict(zip(texts, normal, strict=True))
-        if len(vocabulary) != len(texts):
-            _refuse_repeated(texts, normal)
-        missing = [byte for character, byte in _BYTE_OF_CHARACTER.items() if character not in vocabulary]
-        if missing:
-            raise TokenizerError(
-                f"the vocabulary lacks {len(missing)} of the 256 bytes, first 0x{missing[0]:02x}"
-            )
-        if not _BYTE_OF_CHARACTER.keys() >= set("".join(texts)):
-            _refuse_character(texts, normal)
-
-        added: dict[str, int] = {}
-        self.control_tokens: dict[str, int] = {}
-        for index in np.flatnonzero(~is_normal).tolist():
-            text, kind = tokens[index], token_types[index]
-            if kind not in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED):
-                raise TokenizerError(f"token {index} has type {kind}; byte-level BPE knows 1, 3, 4 and 5")
-            if kind == TokenType.UNUSED:
-                continue
-            if not text or text in added:
-                raise TokenizerError(f"special token {index} is empty or repeats another: {text!r}")
-            added[text] = index
-            if kind == TokenType.CONTROL:
-                self.control_tokens[text] = index
-        if not added.keys().isdisjoint(map("".join, merges)):
-            left, right = next(pair for pair in merges if "".join(pair) in added)
-            raise TokenizerError(f"the merge {left!r} {right!r} makes the special token {left + right!r}")
-        self._user_defined = {text: i for text, i in added.items() if text not in self.control_tokens}
-        self._plain = self._build(vocabulary, merges, self._user_defined)
-        # One text and its cuts: 150,000 small objects would weigh several times as much.
-        pieces: list[bytes] = []
-        lengths: list[int] = [0]
-        changes = (np.flatnonzero(np.diff(is_normal)) + 1).tolist()
-        for begin, end in pairwise([0, *changes, len(tokens)]):
-            names = tokens[begin:end]
-            if is_normal[begin]:
-                pieces.append("".join(names).translate(_BYTE_OF_CODE_POINT).encode("latin-1"))
-                lengths += map(len, names)
-            else:
-                pieces += (raw := [text.encode("utf-8", "surrogateescape") for text in names])
-                lengths += map(len, raw)
-        self._bytes = b"".join(pieces)
-        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._vocabulary = vocabulary
+        self._normalizer = normalizers.NFC()
+        self._pre_tokenizer = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
+        self.control_tokens = vocabulary.tokens_of_kind(TokenType.CONTROL)
+        self._user_defined = vocabulary.tokens_of_kind(TokenType.USER_DEFINED)
+        self.longest_token_bytes = vocabulary.longest_token_bytes
         stops = [eos_id, eot_id, *(self.control_tokens.get(text) for text in _STOP_TEXTS)]
         self.stop_ids = frozenset(token_id for token_id in stops if token_id is not None)
         self._control_ids = frozenset(self.control_tokens.values())
         self._control_pattern = _alternatives(self.control_tokens)
+        self._user_defined_pattern = _alternatives(self._user_defined)
 
-    @staticmethod
-    def _build(
-        vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], added: Mapping[str, int]
-    ) -> tokenizers.Tokenizer:
-        # Added tokens get their ids from the model's vocabulary.
-        try:
-            model = models.BPE(vocab={**vocabulary, **added}, merges=list(merges))
-        except Exception as error:  # the library raises plain Exception for merges outside the vocabulary
-            raise TokenizerError(
-                f"tokenizer.ggml.merges do not fit tokenizer.ggml.tokens: {error}"
-            ) from error
-        built = tokenizers.Tokenizer(model)
-        built.normalizer = normalizers.NFC()
-        built.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        built.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in added])
-        return built
+    @classmethod
+    def from_model(cls, model: _core.Model) -> Tokenizer:
+        """The tokenizer of an opened file.
+
+        Raises:
+            TokenizerError: the file has none, or one of another kind.
+        """
+        metadata = model.metadata(arrays=False)
+        _check_kind(metadata)
+        return cls(model.vocabulary(), **_named_ids(metadata))
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
@@ -180,33 +117,14 @@ class Tokenizer:
         Raises:
             TokenizerError: a key is missing or malformed, or the tokenizer is of another kind.
         """
-        kind = _get(metadata, "tokenizer.ggml.model", str)
-        if kind != "gpt2":
-            raise TokenizerError(
-                f"tokenizer.ggml.model is {kind!r}; this engine runs 'gpt2' (byte-level BPE)"
-            )
-        pre = _get(metadata, "tokenizer.ggml.pre", str)
-        if pre != "qwen2":
-            raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; this engine runs 'qwen2'")
+        _check_kind(metadata)
         tokens = _strings(metadata, "tokenizer.ggml.tokens")
-        lines = _strings(metadata, "tokenizer.ggml.merges")
-        merges: list[Any] = [tuple(line.split(" ")) for line in lines]
-        if not set(map(len, merges)) <= {2} or not all(map(all, merges)):
-            index = next(i for i, pair in enumerate(merges) if len(pair) != 2 or not all(pair))
-            raise TokenizerError(
-                f"tokenizer.ggml.merges[{index}] is {lines[index]!r}; it should be two tokens and a space"
-            )
-        raw_types = metadata.get("tokenizer.ggml.token_type")
-        types = [TokenType.NORMAL] * len(tokens) if raw_types is None else [int(kind) for kind in raw_types]
-        return cls(
-            tokens,
-            merges,
-            types,
-            bos_id=_optional_id(metadata, "tokenizer.ggml.bos_token_id"),
-            eos_id=_optional_id(metadata, "tokenizer.ggml.eos_token_id"),
-            eot_id=_optional_id(metadata, "tokenizer.ggml.eot_token_id"),
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+        merges = _strings(metadata, "tokenizer.ggml.merges")
+        kinds = metadata.get("tokenizer.ggml.token_type")
+        vocabulary = _core.Vocabulary.of(
+            tokens, [] if kinds is None else [int(kind) for kind in kinds], merges
         )
+        return cls(vocabulary, **_named_ids(metadata))
 
     def encode(self, text: str, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
         """Ids of ``text``.
@@ -218,10 +136,9 @@ class Tokenizer:
         """
         text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates have no UTF-8 form
         ids: list[int] = []
-        # One tokenizer serves both: what lies between control tokens is encoded by itself, as it would be anyway.
         for piece, control in self.split_control(text) if parse_special else [(text, None)]:
             if control is None:
-                ids += self._plain.encode(piece, add_special_tokens=False).ids
+                ids += self._encode_plain(piece)
             else:
                 ids.append(control)
         if self.add_bos if add_bos is None else add_bos:
@@ -230,23 +147,23 @@ class Tokenizer:
             ids.insert(0, self.bos_id)
         return ids
 
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece, known in _split(text, self._user_defined_pattern, self._user_defined):
+            if known is None:
+                words = self._pre_tokenizer.pre_tokenize_str(self._normalizer.normalize_str(piece))
+                ids += self._vocabulary.encode([word for word, _ in words])
+            else:
+                ids.append(known)
+        return ids
+
     def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Cut ``text`` at control tokens, longest first: pairs of (piece, id or ``None`` for plain text)."""
-        position = 0
-        if self._control_pattern is not None:
-            for match in self._control_pattern.finditer(text):
-                if match.start() > position:
-                    yield text[position : match.start()], None
-                yield match.group(), self.control_tokens[match.group()]
-                position = match.end()
-        if position < len(text):
-            yield text[position:], None
+        return _split(text, self._control_pattern, self.control_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for; the name of the token for control tokens."""
-        if not 0 <= token_id < self.vocab_size:
-            raise TokenizerError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
-        return self._bytes[self._ends[token_id] : self._ends[token_id + 1]]
+        return self._vocabulary.token_bytes(token_id)
 
     def is_control(self, token_id: int) -> bool:
         """Whether the id carries structure and is no text of an answer."""
@@ -283,26 +200,41 @@ class StreamDecoder:
         return rest
 
 
-def _refuse_repeated(texts: Sequence[str], indices: Sequence[int]) -> None:
-    first: dict[str, int] = {}
-    for text, index in zip(texts, indices, strict=True):
-        if text in first:
-            raise TokenizerError(f"token {text!r} occurs twice, as {first[text]} and {index}")
-        first[text] = index
-
-
-def _refuse_character(texts: Sequence[str], indices: Sequence[int]) -> None:
-    for text, index in zip(texts, indices, strict=True):
-        for character in text:
-            if character not in _BYTE_OF_CHARACTER:
-                raise TokenizerError(
-                    f"token {index} ({text!r}) has the character {character!r}, which stands for no byte"
-                )
-
-
 def _alternatives(texts: Iterable[str]) -> re.Pattern[str] | None:
     ordered = sorted(texts, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _split(
+    text: str, pattern: re.Pattern[str] | None, ids: Mapping[str, int]
+) -> Iterator[tuple[str, int | None]]:
+    position = 0
+    if pattern is not None:
+        for match in pattern.finditer(text):
+            if match.start() > position:
+                yield text[position : match.start()], None
+            yield match.group(), ids[match.group()]
+            position = match.end()
+    if position < len(text):
+        yield text[position:], None
+
+
+def _check_kind(metadata: Mapping[str, Any]) -> None:
+    kind = _get(metadata, "tokenizer.ggml.model", str)
+    if kind != "gpt2":
+        raise TokenizerError(f"tokenizer.ggml.model is {kind!r}; this engine runs 'gpt2' (byte-level BPE)")
+    pre = _get(metadata, "tokenizer.ggml.pre", str)
+    if pre != "qwen2":
+        raise TokenizerError(f"tokenizer.ggml.pre is {pre!r}; this engine runs 'qwen2'")
+
+
+def _named_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "bos_id": _optional_id(metadata, "tokenizer.ggml.bos_token_id"),
+        "eos_id": _optional_id(metadata, "tokenizer.ggml.eos_token_id"),
+        "eot_id": _optional_id(metadata, "tokenizer.ggml.eot_token_id"),
+        "add_bos": bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
+    }
 
 
 def _get(metadata: Mapping[str, Any], key: str, kind: type) -> Any:

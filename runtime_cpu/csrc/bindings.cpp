@@ -13,6 +13,7 @@
 #include "model.hpp"
 #include "runtime.hpp"
 #include "sampler.hpp"
+#include "vocabulary.hpp"
 
 namespace nb = nanobind;
 namespace st = smallthinker;
@@ -85,6 +86,51 @@ nb::list tensors(const PyModel& self) {
                                  tensor.offset, tensor.bytes));
   }
   return result;
+}
+
+// Text as the bytes of a file: to_text()'s other direction.
+std::string to_bytes(nb::handle text) {
+  PyObject* object = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogateescape");
+  if (object == nullptr) throw nb::python_error();
+  const auto bytes = nb::steal<nb::bytes>(object);
+  return {bytes.c_str(), bytes.size()};
+}
+
+st::Vocabulary vocabulary(const nb::sequence& tokens, const std::vector<std::int64_t>& kinds,
+                          const nb::sequence& merges) {
+  std::vector<std::string> texts;
+  std::vector<std::string> lines;
+  for (const nb::handle token : tokens) texts.push_back(to_bytes(token));
+  for (const nb::handle merge : merges) lines.push_back(to_bytes(merge));
+  const std::vector<std::string_view> text_views(texts.begin(), texts.end());
+  const std::vector<std::string_view> line_views(lines.begin(), lines.end());
+  return {text_views, kinds, line_views};
+}
+
+nb::bytes token_bytes(const st::Vocabulary& self, std::int64_t id) {
+  if (id < 0 || id >= self.size()) {
+    throw st::TokenizerError("token id " + std::to_string(id) + " is outside the vocabulary of " +
+                             std::to_string(self.size()));
+  }
+  const std::string_view bytes = self.bytes(id);
+  return nb::bytes(bytes.data(), bytes.size());
+}
+
+// Ids of the tokens of a kind, and their text.
+nb::dict tokens_of_kind(const st::Vocabulary& self, int kind) {
+  nb::dict result;
+  for (std::int64_t id = 0; id < self.size(); ++id) {
+    if (static_cast<int>(self.kind(id)) == kind) result[to_text(self.bytes(id))] = id;
+  }
+  return result;
+}
+
+std::vector<std::int32_t> encode_words(const st::Vocabulary& self, const std::vector<std::string>& words) {
+  const nb::gil_scoped_release release;
+  const std::vector<std::string_view> views(words.begin(), words.end());
+  std::vector<std::int32_t> ids;
+  self.encode(views, ids);
+  return ids;
 }
 
 nb::list layout(const std::vector<bool>& entries) {
@@ -305,6 +351,16 @@ NB_MODULE(_core, m) {
   nb::exception<st::EngineError> engine_error(m, "EngineError");
   nb::exception<st::ModelFileError>(m, "ModelFileError", engine_error.ptr());
 
+  nb::exception<st::TokenizerError>(m, "TokenizerError", PyExc_ValueError);
+
+  nb::class_<st::Vocabulary>(m, "Vocabulary")
+      .def_static("of", &vocabulary, nb::arg("tokens"), nb::arg("kinds"), nb::arg("merges"))
+      .def("__len__", &st::Vocabulary::size)
+      .def("token_bytes", &token_bytes, nb::arg("id"))
+      .def("tokens_of_kind", &tokens_of_kind, nb::arg("kind"))
+      .def("encode", &encode_words, nb::arg("words"))
+      .def_prop_ro("longest_token_bytes", &st::Vocabulary::longest);
+
   nb::class_<PyModel>(m, "Model")
       .def_static("open",
                   [](const std::string& path) {
@@ -313,6 +369,13 @@ NB_MODULE(_core, m) {
                   })
       .def("metadata", &metadata, nb::arg("arrays") = true)
       .def("tensors", &tensors)
+      .def("vocabulary",
+           [](const PyModel& self) {
+             const nb::gil_scoped_release release;
+             st::Vocabulary made = st::Vocabulary::from_file(self.model->file);
+             self.model->forget_pages();
+             return made;
+           })
       .def_prop_ro("path", [](const PyModel& s) { return s.model->path; })
       .def_prop_ro("warnings", [](const PyModel& s) { return s.model->warnings; })
       .def_prop_ro("hidden", [](const PyModel& s) { return s.model->hyper.hidden; })

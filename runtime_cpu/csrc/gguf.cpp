@@ -246,13 +246,37 @@ GgufTensor read_tensor(Cursor& cursor) {
   return tensor;
 }
 
+// Bytes of the character at the front of `text` if it is well-formed UTF-8 and shows as itself, else 0.
+std::size_t shown_character(std::string_view text) {
+  const auto first = static_cast<unsigned char>(text[0]);
+  if (first < 0x80) return first >= ' ' && first <= '~' ? 1 : 0;
+  const std::size_t length = first >= 0xF0 ? 4 : first >= 0xE0 ? 3 : 2;
+  if (first < 0xC2 || first > 0xF4 || text.size() < length) return 0;
+  std::uint32_t point = first & (0x7FU >> length);
+  for (std::size_t i = 1; i < length; ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    if ((byte & 0xC0U) != 0x80U) return 0;
+    point = point << 6U | (byte & 0x3FU);
+  }
+  constexpr std::uint32_t kLeast[] = {0xA0, 0x800, 0x10000};  // below: controls, or a longer form than needed
+  const auto between = [&](std::uint32_t low, std::uint32_t high) { return point >= low && point <= high; };
+  const bool surrogate = between(0xD800, 0xDFFF);
+  const bool turns_text = between(0x200B, 0x200F) || between(0x2028, 0x202E) || between(0x2060, 0x206F);
+  return point < kLeast[length - 2] || point > 0x10FFFF || surrogate || turns_text ? 0 : length;
+}
+
 }  // namespace
 
 std::string printable(std::string_view text) {
   constexpr std::size_t kMost = 64;
   std::string result = "'";
-  for (const char c : text.substr(0, kMost)) result += c >= ' ' && c <= '~' ? c : '?';
-  result += text.size() > kMost ? "...'" : "'";
+  std::size_t at = 0;
+  while (at < text.size() && at < kMost) {
+    const std::size_t length = shown_character(text.substr(at));
+    result += length == 0 ? "?" : text.substr(at, length);
+    at += std::max<std::size_t>(length, 1);
+  }
+  result += at < text.size() ? "...'" : "'";
   return result;
 }
 

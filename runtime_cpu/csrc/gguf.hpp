@@ -68,7 +68,7 @@ class GgufFile {
   std::map<std::string_view, std::size_t> tensor_index_;
 };
 
-// Untrusted text for a message: at most 64 bytes, control characters replaced.
+// Untrusted text for a message, in quotes: about 64 bytes; what is no UTF-8 or does not show becomes '?'.
 std::string printable(std::string_view text);
 
 }  // namespace smallthinker

@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runtime_cpu.chat_template import ChatTemplate, ChatTemplateError
+from runtime_cpu.chat_template import ChatTemplateError
 from runtime_cpu.engine import Engine
 from runtime_cpu.serve.answer import Answer, TokenLogprob
 from runtime_cpu.serve.errors import ApiError
@@ -99,10 +99,7 @@ class _Service:
         self.worker = Worker(engine, self.metrics, settings.max_waiting, settings.parallel)
         self._engine = engine
         self._tokenizer = engine.tokenizer
-        self._template = ChatTemplate.from_metadata(engine.metadata, engine.tokenizer)
-        self._longest_token_bytes = max(
-            len(self._tokenizer.token_bytes(token_id)) for token_id in range(self._tokenizer.vocab_size)
-        )
+        self._template = engine.chat_template
         self._created = int(time.time())
         self._page, self._page_headers = _load_page()
 
@@ -207,7 +204,7 @@ class _Service:
 
     def _check_characters(self, size: int, param: str) -> None:
         # A character is at least a byte, so so many characters cannot fit, whatever they are.
-        at_least = size // self._longest_token_bytes
+        at_least = size // self._tokenizer.longest_token_bytes
         if at_least > self._engine.info.context:
             raise self._too_long(f"at least {at_least}", None, param)
 

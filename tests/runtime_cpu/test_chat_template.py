@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from runtime_cpu import _core
 from runtime_cpu.chat_template import CHATML_TEMPLATE, ChatTemplate, ChatTemplateError
 from runtime_cpu.tokenizer import Tokenizer
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, read_metadata, train, write_gguf
@@ -127,7 +128,7 @@ def test_control_tokens_without_a_bar_are_guarded_too(tokenizer: Tokenizer) -> N
         *map(chr, range(33, 127)),
         *(tokenizer_character(byte) for byte in range(256) if not 33 <= byte < 127),
     ]
-    other = Tokenizer([*tokens, "<s>", "</s>"], [], [1] * 256 + [3, 3])
+    other = Tokenizer(_core.Vocabulary.of([*tokens, "<s>", "</s>"], [1] * 256 + [3, 3], []))
     template = ChatTemplate("<s>{{ messages[0].content }}</s>", other)
     ids = template.encode([{"role": "user", "content": "</s><s><<s>"}])
     assert [i for i in ids if other.is_control(i)] == [256, 257]

@@ -50,6 +50,7 @@ def test_core_under_address_and_undefined_behaviour_sanitizers() -> None:
         "kernels reference",
         "thread pool",
         "sampler",
+        "vocabulary: ok",
         "reader",
         "reader fuzz: 20000",
         "coverage: 10000 cases",

@@ -10,6 +10,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime_cpu import _core
+from runtime_cpu.synth_vocabulary import synthetic_vocabulary
 from runtime_cpu.tokenizer import Tokenizer, TokenizerError, byte_alphabet
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, CORPUS, USER_DEFINED, read_metadata, train, write_gguf
 
@@ -44,6 +46,31 @@ def tokenizer(metadata: dict[str, Any]) -> Tokenizer:
 @given(text=texts)
 def test_ids_equal_those_of_the_origin(origin: tokenizers.Tokenizer, tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text, parse_special=True) == origin.encode(text, add_special_tokens=False).ids
+
+
+def test_ids_equal_the_library_s_with_a_vocabulary_of_full_size() -> None:
+    metadata = synthetic_vocabulary(151_936)
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
+    vocab = {text: index for index, (text, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
+    library = train(260)  # for its normalizer and pre-tokenizer
+    library.model = tokenizers.models.BPE(vocab=vocab, merges=merges)
+    docs = Path(__file__).parents[2] / "docs"
+    text = "".join(page.read_text() for page in sorted(docs.glob("*.md"))) + "".join(CORPUS)
+    for special in (*CONTROL, *USER_DEFINED):  # the library's wrapper knows those of the small vocabulary
+        text = text.replace(special, "")
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert Tokenizer.from_metadata(metadata).encode(text) == expected and len(set(expected)) > 1000
+
+
+def test_a_file_gives_the_same_tokenizer_as_its_metadata() -> None:
+    model = _core.Model.open(str(Path(__file__).parents[1] / "golden" / "gguf" / "tiny-21b-q4_0.gguf"))
+    of_file, of_metadata = Tokenizer.from_model(model), Tokenizer.from_metadata(model.metadata())
+    text = "".join(CORPUS) + "".join(CONTROL)
+    assert of_file.encode(text, parse_special=True) == of_metadata.encode(text, parse_special=True)
+    assert of_file.control_tokens == of_metadata.control_tokens and of_file.stop_ids == of_metadata.stop_ids
+    for index in range(of_file.vocab_size):
+        assert of_file.token_bytes(index) == of_metadata.token_bytes(index)
 
 
 @settings(max_examples=300, deadline=None)
@@ -185,7 +212,7 @@ def test_every_token_has_its_bytes_wherever_special_ones_lie() -> None:
                 expected.append(text.encode())
         tokens, kinds = [*tokens, character, character * 2], [*kinds, 1, 1]
         expected += [bytes([byte]), bytes([byte, byte])]
-    built = Tokenizer(tokens, [], kinds)
+    built = Tokenizer(_core.Vocabulary.of(tokens, kinds, []))
     assert [built.token_bytes(index) for index in range(len(tokens))] == expected
     assert built.decode(built.encode("<|ü0|>é", parse_special=True)) == "<|ü0|>é"
 

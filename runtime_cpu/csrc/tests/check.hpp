@@ -22,6 +22,7 @@ void test_reader();
 void test_reader_fuzz(unsigned long cases, unsigned long seed);
 void test_coverage(unsigned long cases, unsigned long seed);
 void test_sampler();
+void test_vocabulary();
 void test_checksum();
 void test_file_reader();
 void test_expert_cache();

@@ -37,6 +37,7 @@ int main(int argc, char** argv) {
   if (runs("packed")) test_packed();
   if (runs("pool")) test_thread_pool();
   if (runs("sampler")) test_sampler();
+  if (runs("vocabulary")) test_vocabulary();
   if (runs("checksum")) test_checksum();
   if (runs("file")) test_file_reader();
   if (runs("cache")) test_expert_cache();
