@@ -35,8 +35,8 @@ void quantise_q4_0(const float* x, std::byte* block) {
 // A damaged file may give NaN, which has no place in an order.
 float sortable(float score) { return score == score ? score : -std::numeric_limits<float>::infinity(); }
 
-TileMatrix shape_of(const Model& model) {
-  return {nullptr, model.hyper.experts, round_up(model.hyper.hidden, kActivationBlock)};
+TileMatrix shape_of(const Hyperparameters& hyper) {
+  return {nullptr, hyper.experts, round_up(hyper.hidden, kActivationBlock)};
 }
 
 void read_row(const Linear& router, std::int64_t row, float* out) {
@@ -46,27 +46,27 @@ void read_row(const Linear& router, std::int64_t row, float* out) {
 
 }  // namespace
 
-std::size_t ExpertForecast::bytes(const Model& model) {
-  return static_cast<std::size_t>(model.hyper.layers) * shape_of(model).bytes();
+std::size_t ExpertForecast::bytes(const Hyperparameters& hyper) {
+  return static_cast<std::size_t>(hyper.layers) * shape_of(hyper).bytes();
 }
 
-ExpertForecast::ExpertForecast(const Model& model)
-    : experts_(model.hyper.experts),
-      used_(model.hyper.experts_per_token),
-      memory_(bytes(model)),
+ExpertForecast::ExpertForecast(const Hyperparameters& hyper, std::span<const Linear* const> routers)
+    : experts_(hyper.experts),
+      used_(hyper.experts_per_token),
+      memory_(bytes(hyper)),
       logits_(static_cast<std::size_t>(kReach * experts_)),
       records_(static_cast<std::size_t>(kReach * used_)),
-      pending_(static_cast<std::size_t>(model.hyper.layers)),
+      pending_(static_cast<std::size_t>(hyper.layers)),
       order_(static_cast<std::size_t>(experts_)) {
-  TileMatrix tiles = shape_of(model);
+  TileMatrix tiles = shape_of(hyper);
   std::vector<float> row(static_cast<std::size_t>(tiles.cols));
   Matrix stock = make_matrix(nullptr, Type::kQ4_0, tiles.cols, tiles.rows);
   std::vector<std::byte> rows(stock.row_bytes * static_cast<std::size_t>(stock.rows));
   stock.data = rows.data();
   std::byte* next = memory_.data();
-  for (const Layer& layer : model.layers) {
+  for (const Linear* router : routers) {
     for (std::int64_t r = 0; r < tiles.rows; ++r) {
-      read_row(layer.router, r, row.data());
+      read_row(*router, r, row.data());
       std::byte* to = rows.data() + stock.row_bytes * static_cast<std::size_t>(r);
       const auto block_bytes = static_cast<std::size_t>(traits_of(Type::kQ4_0).block_bytes);
       for (std::int64_t c = 0; c < tiles.cols; c += kActivationBlock, to += block_bytes)
@@ -76,7 +76,6 @@ ExpertForecast::ExpertForecast(const Model& model)
     tiles.data = next;
     routers_.push_back(tiles);
     next += tiles.bytes();
-    model.forget_pages();
   }
 }
 

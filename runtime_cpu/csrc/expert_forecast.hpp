@@ -30,9 +30,9 @@ class ExpertForecast {
  public:
   static constexpr std::int64_t kReach = 4;  // layers ahead
 
-  // Reads the routers from the file and lets go of its pages.
-  explicit ExpertForecast(const Model& model);
-  static std::size_t bytes(const Model& model);
+  // The routers of all layers are only read here.
+  ExpertForecast(const Hyperparameters& hyper, std::span<const Linear* const> routers);
+  static std::size_t bytes(const Hyperparameters& hyper);
 
   const TileMatrix& router(std::int64_t layer) const { return routers_[static_cast<std::size_t>(layer)]; }
   float* logits(std::int64_t distance) { return logits_.data() + (distance - 1) * experts_; }

@@ -116,7 +116,7 @@ Plan make_plan(const Model& model, const RuntimeOptions& options) {
   const bool can_offload = weights.packed_experts;
   return {weights.dense_bytes + weights.mapped_bytes + (can_offload ? 0 : weights.expert_bytes),
           can_offload ? weights.expert.bytes() : 0,
-          can_offload ? ExpertStore::overhead_bytes(model) + ExpertForecast::bytes(model) : 0,
+          can_offload ? ExpertStore::overhead_bytes(model) + ExpertForecast::bytes(model.hyper) : 0,
           layout.bytes(),
           layout.vector_bytes(),
           scratch.lay_out(model.hyper, weights, layout, options.threads, options.chunk, nullptr)};
@@ -135,8 +135,11 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
   const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
   scratch_.lay_out(hyper, weights_.plan, layout_, pool_.threads(), chunk_,
                    memory_.data() + (64 - address % 64) % 64);
-  if (options.speculate && weights_.experts != nullptr && weights_.experts->offloads())
-    forecast_ = std::make_unique<ExpertForecast>(*model_);
+  if (options.speculate && weights_.experts != nullptr && weights_.experts->offloads()) {
+    std::vector<const Linear*> routers;
+    for (const LayerWeights& layer : weights_.layers) routers.push_back(&layer.router);
+    forecast_ = std::make_unique<ExpertForecast>(hyper, routers);
+  }
   // As the model was trained: frequencies and angles in fp32.
   for (std::int64_t i = 0; i < hyper.head_dim / 2; ++i) {
     const double exponent = static_cast<double>(2 * i) / static_cast<double>(hyper.head_dim);

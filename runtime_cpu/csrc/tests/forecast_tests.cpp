@@ -22,8 +22,14 @@ void set_logits(ExpertForecast& forecast, std::int64_t distance, std::span<const
   std::copy(values.begin(), values.end(), forecast.logits(distance));
 }
 
+ExpertForecast forecast_of(const Model& model) {
+  std::vector<const Linear*> routers;
+  for (const Layer& layer : model.layers) routers.push_back(&layer.router);
+  return {model.hyper, routers};
+}
+
 void test_routers(const Model& model) {
-  const ExpertForecast forecast(model);
+  const ExpertForecast forecast = forecast_of(model);
   const Hyperparameters& hyper = model.hyper;
   std::vector<float> rounded(static_cast<std::size_t>(round_up(hyper.hidden, kActivationBlock)));
   for (std::int64_t layer = 0; layer < hyper.layers; ++layer) {
@@ -47,7 +53,7 @@ void test_routers(const Model& model) {
 }
 
 void test_worth(const Model& model) {
-  ExpertForecast forecast(model);
+  ExpertForecast forecast = forecast_of(model);
   const std::vector<float> logits = {0.5F, 3.0F, std::numeric_limits<float>::quiet_NaN(), 1.0F};
   const std::vector<std::int32_t> both = {1, 3}, first = {0, 1};
   for (int pass = 0; pass < 400; ++pass) {
