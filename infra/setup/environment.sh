@@ -29,11 +29,13 @@ if [ "$(cat .venv/.lock-hash 2>/dev/null)" != "$lock_hash" ]; then
     echo "set-up: installing the packages of requirements.lock into .venv" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8 2>/dev/null ||
         fail "pip could not install uv==0.13.8; is the package index reachable?"
-    .venv/bin/uv pip install --quiet --python .venv/bin/python "${links[@]}" -r requirements.lock ||
+    # Bytecode now: where Python may not write it later, every process of every stage would compile torch anew.
+    .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python "${links[@]}" -r requirements.lock ||
         fail "the packages of requirements.lock could not be installed; the lines above say which"
     echo "$lock_hash" >.venv/.lock-hash
 fi
 echo "set-up: compiling the engine" >&2
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-build-isolation --no-deps -e . ||
     fail "the engine could not be compiled; the compiler's lines are above"
+.venv/bin/python -m compileall -q flows components model runtime_cpu
 touch .venv/.ready
