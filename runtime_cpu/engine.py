@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,10 +35,10 @@ from runtime_cpu.closing import ClosedAtExit
 from runtime_cpu.generation import Generation, SamplingOptions, Stats, check_token_ids
 from runtime_cpu.head_predictor import HeadPredictorInfo, choose_head
 from runtime_cpu.lookup import MOST_DRAFTED
-from runtime_cpu.memory import MemoryPlan, parse_bytes, release_free_memory
+from runtime_cpu.memory import MemoryPlan, parse_bytes
 from runtime_cpu.peak_memory import peak_resident_bytes
-from runtime_cpu.planning import CHUNK_TOKENS, KV_TYPES, Planner
-from runtime_cpu.tokenizer import Tokenizer, TokenizerError
+from runtime_cpu.planning import CHUNK_TOKENS, KV_TYPES, Planner, load_what_counts
+from runtime_cpu.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from runtime_cpu.chat_template import ChatTemplate
@@ -48,13 +48,6 @@ _log = logging.getLogger(__name__)
 KERNELS_VARIABLE = "RUNTIME_CPU_KERNELS"
 _MOST_TOGETHER = 16  # sequences in one step
 MAX_THREADS = 256
-
-
-def _chat_templates() -> type[ChatTemplate]:
-    """The class, imported late: Jinja takes a quarter of the package's import, and only conversations need it."""
-    from runtime_cpu.chat_template import ChatTemplate
-
-    return ChatTemplate
 
 
 class EngineBusyError(_core.EngineError):
@@ -196,13 +189,7 @@ class Engine(ClosedAtExit):
         if context is not None:
             context = _integer("context", context, 1, model.context_length)
         metadata = model.metadata(arrays=False)
-        tokenizer = None
-        if budget is not None:
-            # A promise over the whole process: what would be loaded later is loaded, and counted, now.
-            with suppress(TokenizerError):
-                tokenizer = Tokenizer.from_model(model)
-            _chat_templates()
-            release_free_memory()
+        tokenizer = None if budget is None else load_what_counts(model)
         planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
         context, sessions, plan = planner.fit(context, sessions)
         _log.info("%s: memory %s", file.name, plan)
@@ -302,7 +289,10 @@ class Engine(ClosedAtExit):
             ChatTemplateError: it is no valid template.
             TokenizerError: the file has no tokenizer, or one of another kind.
         """
-        return _chat_templates().from_metadata(self._model.metadata(arrays=False), self.tokenizer)
+        # Jinja takes a quarter of the package's import, and only conversations need it.
+        from runtime_cpu.chat_template import ChatTemplate
+
+        return ChatTemplate.from_metadata(self._model.metadata(arrays=False), self.tokenizer)
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """Logits after every one of ``token_ids`` [T]: float32 [T, V]; row t predicts token t + 1.

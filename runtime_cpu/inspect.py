@@ -18,7 +18,7 @@ from runtime_cpu import _core, engine
 from runtime_cpu.head_predictor import HeadPredictorInfo
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
 from runtime_cpu.options import add_kv_option
-from runtime_cpu.planning import CHUNK_TOKENS, Planner
+from runtime_cpu.planning import CHUNK_TOKENS, Planner, load_what_counts
 from runtime_cpu.tokenizer import TokenType
 from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 
@@ -62,6 +62,9 @@ def inspect(
     model = _core.Model.open(str(path))
     if context is not None and not 1 <= context <= model.context_length:
         raise InspectError(f"--context is {context}; allowed is 1 to {model.context_length}")
+    plan = _memory(
+        model, memory, context, threads, kv_type
+    )  # first: nothing is loaded that an engine would not
     metadata = model.metadata()
     tensors = model.tensors()
     by_type: dict[str, dict[str, int]] = {}
@@ -114,7 +117,7 @@ def inspect(
         "head_predictor": model.head_predictor,
         "tensors": {"by_type": by_type, "by_part": _parts(tensors)},
         "tokenizer": _tokenizer(metadata),
-        "memory": _memory(model, memory, context, threads, kv_type),
+        "memory": plan,
         "per_token": {
             "dense_bytes": weight_bytes(model),
             "sparsity": sparsity,
@@ -170,6 +173,7 @@ def _memory(
     model: _core.Model, budget: int | None, context: int | None, threads: int, kv_type: str
 ) -> dict[str, Any]:
     """The plan of ``Engine.open`` with its other defaults, by part, and the smallest budget that would do."""
+    tokenizer = load_what_counts(model)  # noqa: F841 - held until the plan is made
 
     def fit(limit: int | None) -> tuple[int, int, MemoryPlan]:
         planner = Planner(model, threads, kv_type, CHUNK_TOKENS, "auto", limit)

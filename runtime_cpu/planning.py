@@ -6,8 +6,17 @@ context, sessions, plan = planner.fit(context=None, sessions=None)
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from runtime_cpu import _core
-from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, resident_bytes
+from runtime_cpu.memory import (
+    MemoryBudgetError,
+    MemoryPlan,
+    format_bytes,
+    release_free_memory,
+    resident_bytes,
+)
+from runtime_cpu.tokenizer import Tokenizer, TokenizerError
 
 CHUNK_TOKENS = 256
 KV_TYPES = ("auto", "f32", "f16", "q8")
@@ -16,6 +25,17 @@ _CONTEXT_STEP = 256
 _WORTH_OFFLOADING = 4096  # a shorter context than this is not worth keeping all experts in memory
 _RESERVE_BYTES = 24 << 20  # for what Python allocates while it serves
 _HUGE_PAGE = 2 << 20
+
+
+def load_what_counts(model: _core.Model) -> Tokenizer | None:
+    """Load now what an engine would load later: a promise over the whole process counts it. The tokenizer, if any."""
+    import runtime_cpu.chat_template  # noqa: F401
+
+    tokenizer = None
+    with suppress(TokenizerError):
+        tokenizer = Tokenizer.from_model(model)
+    release_free_memory()
+    return tokenizer
 
 
 class Planner:
