@@ -11,11 +11,20 @@
 #include "tensor.hpp"
 
 namespace smallthinker {
+namespace {
 
-MappedFile::MappedFile(const std::string& path) {
-  const auto reason = [] { return std::generic_category().message(errno); };
+std::string reason() { return std::generic_category().message(errno); }
+
+int open_to_read(const std::string& path) {
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) throw ModelFileError("cannot open " + path + ": " + reason());
+  return descriptor;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+  const int descriptor = open_to_read(path);
   struct stat status{};
   if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size <= 0) {
     ::close(descriptor);
@@ -32,5 +41,26 @@ MappedFile::MappedFile(const std::string& path) {
 MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), size_); }
 
 void MappedFile::forget_pages() const { ::madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED); }
+
+SparseFile::SparseFile(const std::string& path) : path_(path), descriptor_(open_to_read(path)) {
+#if defined(POSIX_FADV_RANDOM)
+  ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM);  // no reading ahead
+#endif
+}
+
+SparseFile::~SparseFile() { ::close(descriptor_); }
+
+void SparseFile::read(std::uint64_t offset, std::span<std::byte> to) const {
+  const std::uint64_t end = offset + to.size();
+  while (!to.empty()) {
+    const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(end - to.size()));
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      throw EngineError(path_ + " cannot be read at " + std::to_string(end - to.size()) + ": " +
+                        (got < 0 ? reason() : "it ends before"));
+    }
+    to = to.subspan(static_cast<std::size_t>(got));
+  }
+}
 
 }  // namespace smallthinker

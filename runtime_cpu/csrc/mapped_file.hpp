@@ -1,7 +1,8 @@
-// A file mapped read-only into memory.
+// A file mapped read-only into memory, and a file of which few bytes are read at a time.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -24,6 +25,24 @@ class MappedFile {
  private:
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
+};
+
+// Reads that end in an error where a mapping of a file that was cut off would end the process.
+class SparseFile {
+ public:
+  explicit SparseFile(const std::string& path);  // ModelFileError
+  ~SparseFile();
+  SparseFile(const SparseFile&) = delete;
+  SparseFile& operator=(const SparseFile&) = delete;
+  SparseFile(SparseFile&&) = delete;
+  SparseFile& operator=(SparseFile&&) = delete;
+
+  // Fills `to`. EngineError when the file does not hold as much there, or does not give it. By any thread.
+  void read(std::uint64_t offset, std::span<std::byte> to) const;
+
+ private:
+  std::string path_;
+  int descriptor_ = -1;
 };
 
 }  // namespace smallthinker

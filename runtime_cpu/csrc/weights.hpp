@@ -13,6 +13,7 @@
 #include "expert_store.hpp"
 #include "huge_memory.hpp"
 #include "kernels.hpp"
+#include "mapped_file.hpp"
 #include "model.hpp"
 #include "packed.hpp"
 #include "thread_pool.hpp"
@@ -47,7 +48,7 @@ class Weights {
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // when packed
 
-  void embedding(std::int64_t token, float* out) const;
+  void embedding(std::int64_t token, float* out) const;  // EngineError: it cannot be read
 
  private:
   Linear load(const Linear& from, const Kernels& kernels, ThreadPool& pool);
@@ -57,6 +58,7 @@ class Weights {
   std::shared_ptr<const Model> model_;
   HugeMemory dense_;
   std::byte* next_ = nullptr;
+  std::unique_ptr<SparseFile> embedding_file_;  // when its rows are read from the file one by one
 };
 
 }  // namespace smallthinker

@@ -142,5 +142,19 @@ void test_offload() {
   CHECK(errors > 5, "%d errors", errors);
   failing.store(0);
   CHECK(run(runtime, *model, tokens) == whole, "errors left traces");
+
+  // A file that is cut off ends requests, not the process: embeddings are read one by one too.
+  std::filesystem::resize_file(file.path, 0);
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    session.truncate(0);
+    std::string message;
+    try {
+      runtime.forward(session, tokens, row.data(), 1);
+    } catch (const EngineError& error) {
+      message = error.what();
+    }
+    CHECK(message.find("it ends before") != std::string::npos && session.length() == 0, "'%s'",
+          message.c_str());
+  }
   std::printf("offload: ok\n");
 }
