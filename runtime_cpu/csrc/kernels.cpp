@@ -47,6 +47,7 @@ std::vector<const Kernels*> available_kernels() {
       table.run_maxima = avx512_run_maxima;
       table.exp_weights = avx512_exp_weights;
       table.mass_above = avx512_mass_above;
+      table.block_sums = avx512_block_sums;
       return table;
     }();
     if (has(__builtin_cpu_supports("avx512f")) && has(__builtin_cpu_supports("avx512bw")) &&

@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "checksum.hpp"
 #include "packed.hpp"
 #include "tensor.hpp"
 
@@ -108,9 +109,13 @@ struct Kernels {
   float (*exp_weights)(const float* x, std::int64_t size, float shift, float factor, float least, float* out);
   // The weights of the x that are at least `bound`. Not less for a lower bound: same order of sums.
   LogitMass (*mass_above)(const float* x, const float* weights, std::int64_t size, float bound);
+
+  BlockSums block_sums;  // checksum.hpp
 };
 
 const Kernels& reference_table();
+void reference_block_sums(const std::byte* data, std::size_t blocks, std::uint64_t* sums,
+                          std::uint64_t* running);
 void reference_attention_scores(const float* q, std::int64_t groups, std::int64_t head_dim, KvRows keys,
                                 float scale, float* scores, std::int64_t score_stride);
 void reference_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
@@ -135,6 +140,8 @@ void avx512_attention_values(const float* weights, std::int64_t weight_stride, s
 void avx512_split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 void avx512_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                   const Activations& x, std::int64_t tokens, float* out, std::int64_t out_stride);
+void avx512_block_sums(const std::byte* data, std::size_t blocks, std::uint64_t* sums,
+                       std::uint64_t* running);
 void avx512_run_maxima(const float* x, std::int64_t size, float* maxima);
 float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,
                          float* out);

@@ -496,13 +496,37 @@ float exp_sum(float* x, std::int64_t size, float shift) {
   return horizontal_sum(sum);
 }
 
+void block_sums(const std::byte* data, std::size_t blocks, std::uint64_t* sums, std::uint64_t* running) {
+  const auto words = [&](std::size_t block, int half) {
+    return _mm256_cvtepu32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + block * 32) + half));
+  };
+  auto* const sum_out = reinterpret_cast<__m256i*>(sums);
+  auto* const running_out = reinterpret_cast<__m256i*>(running);
+  __m256i sum[2], total[2];
+  for (int half = 0; half < 2; ++half) {
+    sum[half] = _mm256_loadu_si256(sum_out + half);
+    total[half] = _mm256_loadu_si256(running_out + half);
+  }
+  for (std::size_t block = 0; block < blocks; ++block) {
+    for (int half = 0; half < 2; ++half) {
+      sum[half] = _mm256_add_epi64(sum[half], words(block, half));
+      total[half] = _mm256_add_epi64(total[half], sum[half]);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    _mm256_storeu_si256(sum_out + half, sum[half]);
+    _mm256_storeu_si256(running_out + half, total[half]);
+  }
+}
+
 }  // namespace
 
 const Kernels& avx2_table() {
   static constexpr Kernels kTable = {
-      "avx2",           matmul,        quantise,       rms_norm,     rotate, attention_scores,  exp_sum,
-      attention_values, scale,         add_scaled,     to_half,      true,   avx2_split_planes, avx2_tiles,
-      avx2_neurons,     run_maxima<8>, exp_weights<8>, mass_above<8>};
+      "avx2",           matmul,         quantise,          rms_norm,   rotate,
+      attention_scores, exp_sum,        attention_values,  scale,      add_scaled,
+      to_half,          true,           avx2_split_planes, avx2_tiles, avx2_neurons,
+      run_maxima<8>,    exp_weights<8>, mass_above<8>,     block_sums};
   return kTable;
 }
 

@@ -103,6 +103,19 @@ void matmul_rows(const Matrix& matrix, std::int64_t expert, std::int64_t row_beg
 
 }  // namespace
 
+void avx512_block_sums(const std::byte* data, std::size_t blocks, std::uint64_t* sums,
+                       std::uint64_t* running) {
+  __m512i sum = _mm512_loadu_si512(sums);
+  __m512i total = _mm512_loadu_si512(running);
+  for (std::size_t block = 0; block < blocks; ++block) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + block * 32));
+    sum = _mm512_add_epi64(sum, _mm512_cvtepu32_epi64(words));
+    total = _mm512_add_epi64(total, sum);
+  }
+  _mm512_storeu_si512(sums, sum);
+  _mm512_storeu_si512(running, total);
+}
+
 void avx512_run_maxima(const float* x, std::int64_t size, float* maxima) { run_maxima<16>(x, size, maxima); }
 
 float avx512_exp_weights(const float* x, std::int64_t size, float shift, float factor, float least,

@@ -459,10 +459,25 @@ float exp_sum(float* x, std::int64_t size, float shift) {
 }  // namespace
 
 const Kernels& neon_table() {
-  static constexpr Kernels kTable = {
-      "neon",           matmul,        quantise,       rms_norm,     rotate, attention_scores,  exp_sum,
-      attention_values, scale,         add_scaled,     to_half,      true,   neon_split_planes, neon_tiles,
-      neon_neurons,     run_maxima<4>, exp_weights<4>, mass_above<4>};
+  static constexpr Kernels kTable = {"neon",
+                                     matmul,
+                                     quantise,
+                                     rms_norm,
+                                     rotate,
+                                     attention_scores,
+                                     exp_sum,
+                                     attention_values,
+                                     scale,
+                                     add_scaled,
+                                     to_half,
+                                     true,
+                                     neon_split_planes,
+                                     neon_tiles,
+                                     neon_neurons,
+                                     run_maxima<4>,
+                                     exp_weights<4>,
+                                     mass_above<4>,
+                                     reference_block_sums};
   return kTable;
 }
 

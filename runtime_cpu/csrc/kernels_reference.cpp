@@ -275,13 +275,38 @@ void dequantise(Type type, const std::byte* data, std::int64_t size, float* out)
   }
 }
 
+void reference_block_sums(const std::byte* data, std::size_t blocks, std::uint64_t* sums,
+                          std::uint64_t* running) {
+  for (std::size_t block = 0; block < blocks; ++block) {
+    std::uint32_t words[kChecksumLanes];
+    std::memcpy(words, data + block * sizeof words, sizeof words);
+    for (std::size_t i = 0; i < kChecksumLanes; ++i) {
+      sums[i] += words[i];
+      running[i] += sums[i];
+    }
+  }
+}
+
 const Kernels& reference_table() {
-  static constexpr Kernels kTable = {"reference",  matmul,           quantise,
-                                     rms_norm,     rotate,           reference_attention_scores,
-                                     exp_sum,      attention_values, scale,
-                                     add_scaled,   to_half,          false,
-                                     split_planes, reference_tiles,  reference_neurons,
-                                     run_maxima,   exp_weights,      mass_above};
+  static constexpr Kernels kTable = {"reference",
+                                     matmul,
+                                     quantise,
+                                     rms_norm,
+                                     rotate,
+                                     reference_attention_scores,
+                                     exp_sum,
+                                     attention_values,
+                                     scale,
+                                     add_scaled,
+                                     to_half,
+                                     false,
+                                     split_planes,
+                                     reference_tiles,
+                                     reference_neurons,
+                                     run_maxima,
+                                     exp_weights,
+                                     mass_above,
+                                     reference_block_sums};
   return kTable;
 }
 

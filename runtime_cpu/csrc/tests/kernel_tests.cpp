@@ -269,6 +269,23 @@ std::vector<std::byte> random_tiles(RandomStream& random, std::int64_t tiles, st
   return bytes;
 }
 
+void test_block_sums(const Kernels& kernels, RandomStream& random) {
+  for (const std::size_t blocks : {0, 1, 2, 3, 7, 64, 1001}) {
+    // At any address, and exactly as long as it is.
+    std::vector<std::byte> data(1 + blocks * 32);
+    for (std::byte& value : data)
+      value = static_cast<std::byte>(random.next() % 4 == 0 ? 255 : random.next());
+    std::uint64_t got[2][kChecksumLanes], expected[2][kChecksumLanes];
+    for (auto& lanes : got) {
+      for (std::uint64_t& lane : lanes) lane = random.next();
+    }
+    std::memcpy(expected, got, sizeof got);
+    kernels.block_sums(data.data() + 1, blocks, got[0], got[1]);
+    reference_table().block_sums(data.data() + 1, blocks, expected[0], expected[1]);
+    CHECK(std::memcmp(got, expected, sizeof got) == 0, "%s, %zu blocks", kernels.name, blocks);
+  }
+}
+
 void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t dim, std::int64_t count,
                     KvType type, RandomStream& random) {
   const auto q = random_vector(random, groups * dim);
@@ -365,6 +382,7 @@ void test_kernels() {
     }
     test_quantise(*kernels, random);
     test_exp_edges(*kernels);
+    test_block_sums(*kernels, random);
     for (const std::int64_t size : {1, 2, 3, 7, 8, 9, 16, 30, 32, 64, 100, 257}) {
       test_elementwise(*kernels, size, random);
     }
