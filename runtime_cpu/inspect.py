@@ -172,7 +172,10 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
 def _memory(
     model: _core.Model, budget: int | None, context: int | None, threads: int, kv_type: str
 ) -> dict[str, Any]:
-    """The plan of ``Engine.open`` with its other defaults, by part, and the smallest budget that would do."""
+    """The plan of ``Engine.open`` with its other defaults, by part, and the smallest budget that would do.
+
+    Without a budget it counts the tokenizer too, which an engine then loads when it is asked for.
+    """
     tokenizer = load_what_counts(model)  # noqa: F841 - held until the plan is made
 
     def fit(limit: int | None) -> tuple[int, int, MemoryPlan]:

@@ -33,6 +33,7 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_WINDOW_CHARACTERS = 1 << 14
 _STOP_TEXTS = ("<|endoftext|>", "<|im_end|>")
 
 
@@ -151,11 +152,29 @@ class Tokenizer:
         ids: list[int] = []
         for piece, known in _split(text, self._user_defined_pattern, self._user_defined):
             if known is None:
-                words = self._pre_tokenizer.pre_tokenize_str(self._normalizer.normalize_str(piece))
-                ids += self._vocabulary.encode([word for word, _ in words])
+                for words in self._words(self._normalizer.normalize_str(piece)):
+                    ids += self._vocabulary.encode(words)
             else:
                 ids.append(known)
         return ids
+
+    def _words(self, text: str) -> Iterator[list[str]]:
+        """Words of ``text``, some thousands at a time: those of a megabyte weigh a hundred."""
+        begin, size = 0, _WINDOW_CHARACTERS
+        while begin < len(text):
+            whole = begin + size >= len(text)
+            words = self._pre_tokenizer.pre_tokenize_str(text[begin : begin + size])
+            if not whole:
+                # What lies behind the window may change its last word, and how the blanks before its end are cut.
+                while words and words[-1][0].isspace():
+                    words.pop()
+                words = words[:-1]
+                if not words:
+                    size *= 2
+                    continue
+            yield [word for word, _ in words]
+            begin = len(text) if whole else begin + words[-1][1][1]
+            size = _WINDOW_CHARACTERS
 
     def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Cut ``text`` at control tokens, longest first: pairs of (piece, id or ``None`` for plain text)."""

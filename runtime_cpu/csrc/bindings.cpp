@@ -88,23 +88,30 @@ nb::list tensors(const PyModel& self) {
   return result;
 }
 
-// Text as the bytes of a file: to_text()'s other direction.
-std::string to_bytes(nb::handle text) {
-  PyObject* object = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogateescape");
-  if (object == nullptr) throw nb::python_error();
-  const auto bytes = nb::steal<nb::bytes>(object);
-  return {bytes.c_str(), bytes.size()};
+// Texts as the bytes of a file: to_text()'s other direction.
+std::vector<std::string> to_bytes(const nb::sequence& texts, const char* key) {
+  std::vector<std::string> result;
+  for (const nb::handle text : texts) {
+    PyObject* object = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogateescape");
+    if (object == nullptr) {
+      PyErr_Clear();
+      throw st::TokenizerError(std::string(key) + "[" + std::to_string(result.size()) +
+                               "] is no text that UTF-8 can hold");
+    }
+    const auto bytes = nb::steal<nb::bytes>(object);
+    result.emplace_back(bytes.c_str(), bytes.size());
+  }
+  return result;
 }
 
-st::Vocabulary vocabulary(const nb::sequence& tokens, const std::vector<std::int64_t>& kinds,
+st::Vocabulary vocabulary(const nb::sequence& tokens, const std::optional<std::vector<std::int64_t>>& kinds,
                           const nb::sequence& merges) {
-  std::vector<std::string> texts;
-  std::vector<std::string> lines;
-  for (const nb::handle token : tokens) texts.push_back(to_bytes(token));
-  for (const nb::handle merge : merges) lines.push_back(to_bytes(merge));
+  const auto texts = to_bytes(tokens, "tokenizer.ggml.tokens");
+  const auto lines = to_bytes(merges, "tokenizer.ggml.merges");
   const std::vector<std::string_view> text_views(texts.begin(), texts.end());
   const std::vector<std::string_view> line_views(lines.begin(), lines.end());
-  return {text_views, kinds, line_views};
+  if (!kinds) return {text_views, std::nullopt, line_views};
+  return {text_views, *kinds, line_views};
 }
 
 nb::bytes token_bytes(const st::Vocabulary& self, std::int64_t id) {
@@ -354,7 +361,7 @@ NB_MODULE(_core, m) {
   nb::exception<st::TokenizerError>(m, "TokenizerError", PyExc_ValueError);
 
   nb::class_<st::Vocabulary>(m, "Vocabulary")
-      .def_static("of", &vocabulary, nb::arg("tokens"), nb::arg("kinds"), nb::arg("merges"))
+      .def_static("of", &vocabulary, nb::arg("tokens"), nb::arg("kinds").none(), nb::arg("merges"))
       .def("__len__", &st::Vocabulary::size)
       .def("token_bytes", &token_bytes, nb::arg("id"))
       .def("tokens_of_kind", &tokens_of_kind, nb::arg("kind"))

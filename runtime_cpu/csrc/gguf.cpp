@@ -261,8 +261,11 @@ std::size_t shown_character(std::string_view text) {
   constexpr std::uint32_t kLeast[] = {0xA0, 0x800, 0x10000};  // below: controls, or a longer form than needed
   const auto between = [&](std::uint32_t low, std::uint32_t high) { return point >= low && point <= high; };
   const bool surrogate = between(0xD800, 0xDFFF);
-  const bool turns_text = between(0x200B, 0x200F) || between(0x2028, 0x202E) || between(0x2060, 0x206F);
-  return point < kLeast[length - 2] || point > 0x10FFFF || surrogate || turns_text ? 0 : length;
+  // Marks that turn text around, join or mean nothing (Unicode's format characters).
+  const bool unseen = point == 0xAD || point == 0x61C || point == 0x180E || between(0x200B, 0x200F) ||
+                      between(0x2028, 0x202E) || between(0x2060, 0x206F) || point == 0xFEFF ||
+                      between(0xFFF9, 0xFFFB) || between(0xE0000, 0xE0FFF);
+  return point < kLeast[length - 2] || point > 0x10FFFF || surrogate || unseen ? 0 : length;
 }
 
 }  // namespace

@@ -15,42 +15,34 @@ namespace {
 
 std::string reason() { return std::generic_category().message(errno); }
 
-int open_to_read(const std::string& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) throw ModelFileError("cannot open " + path + ": " + reason());
-  return descriptor;
-}
-
 }  // namespace
 
-MappedFile::MappedFile(const std::string& path) {
-  const int descriptor = open_to_read(path);
+MappedFile::MappedFile(const std::string& path)
+    : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (descriptor_ < 0) throw ModelFileError("cannot open " + path + ": " + reason());
   struct stat status{};
-  if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size <= 0) {
-    ::close(descriptor);
+  if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size <= 0) {
+    ::close(descriptor_);
     throw ModelFileError(path + " is empty or no regular file");
   }
   size_ = static_cast<std::size_t>(status.st_size);
-  void* address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
-  const std::string why = address == MAP_FAILED ? reason() : "";
-  ::close(descriptor);
-  if (address == MAP_FAILED) throw ModelFileError("cannot map " + path + ": " + why);
+  void* address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
+  if (address == MAP_FAILED) {
+    const std::string why = reason();
+    ::close(descriptor_);
+    throw ModelFileError("cannot map " + path + ": " + why);
+  }
   data_ = static_cast<const std::byte*>(address);
 }
 
-MappedFile::~MappedFile() { ::munmap(const_cast<std::byte*>(data_), size_); }
+MappedFile::~MappedFile() {
+  ::munmap(const_cast<std::byte*>(data_), size_);
+  ::close(descriptor_);
+}
 
 void MappedFile::forget_pages() const { ::madvise(const_cast<std::byte*>(data_), size_, MADV_DONTNEED); }
 
-SparseFile::SparseFile(const std::string& path) : path_(path), descriptor_(open_to_read(path)) {
-#if defined(POSIX_FADV_RANDOM)
-  ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM);  // no reading ahead
-#endif
-}
-
-SparseFile::~SparseFile() { ::close(descriptor_); }
-
-void SparseFile::read(std::uint64_t offset, std::span<std::byte> to) const {
+void MappedFile::read(std::uint64_t offset, std::span<std::byte> to) const {
   const std::uint64_t end = offset + to.size();
   while (!to.empty()) {
     const ssize_t got = ::pread(descriptor_, to.data(), to.size(), static_cast<off_t>(end - to.size()));

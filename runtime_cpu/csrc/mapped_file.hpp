@@ -1,4 +1,4 @@
-// A file mapped read-only into memory, and a file of which few bytes are read at a time.
+// A file mapped read-only into memory.
 #pragma once
 
 #include <cstddef>
@@ -21,28 +21,15 @@ class MappedFile {
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   // Drop the pages read so far from this process; the next access brings them back.
   void forget_pages() const;
-
- private:
-  const std::byte* data_ = nullptr;
-  std::size_t size_ = 0;
-};
-
-// Reads that end in an error where a mapping of a file that was cut off would end the process.
-class SparseFile {
- public:
-  explicit SparseFile(const std::string& path);  // ModelFileError
-  ~SparseFile();
-  SparseFile(const SparseFile&) = delete;
-  SparseFile& operator=(const SparseFile&) = delete;
-  SparseFile(SparseFile&&) = delete;
-  SparseFile& operator=(SparseFile&&) = delete;
-
-  // Fills `to`. EngineError when the file does not hold as much there, or does not give it. By any thread.
+  // Fills `to` by reading, which ends in an EngineError where touching the mapping of a file that was cut off
+  // would end the process. By any thread.
   void read(std::uint64_t offset, std::span<std::byte> to) const;
 
  private:
   std::string path_;
   int descriptor_ = -1;
+  const std::byte* data_ = nullptr;
+  std::size_t size_ = 0;
 };
 
 }  // namespace smallthinker

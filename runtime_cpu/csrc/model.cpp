@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <map>
 
 #include "kernels.hpp"
@@ -263,6 +264,11 @@ std::shared_ptr<const Model> Model::from_bytes(std::span<const std::byte> bytes)
   model->load();
   model->file_bytes = bytes.size();
   return model;
+}
+
+void Model::read(const std::byte* data, std::span<std::byte> to) const {
+  if (mapping_ != nullptr) return mapping_->read(offset_of(data), to);
+  std::memcpy(to.data(), data, to.size());
 }
 
 void Model::forget_pages() const {

@@ -107,6 +107,8 @@ class Model {
   }
   // Where bytes of the mapping lie in the file.
   std::uint64_t offset_of(const std::byte* data) const { return static_cast<std::uint64_t>(data - start_); }
+  // Copies what lies at `data` in the file by reading it: EngineError where a mapping would end the process.
+  void read(const std::byte* data, std::span<std::byte> to) const;
   // Let go of what was read of the mapping: it no longer counts as this process's memory.
   void forget_pages() const;
 

@@ -288,7 +288,7 @@ void Runtime::run_batch(std::span<const BatchRow> rows, float* logits, std::int6
   const Hyperparameters& hyper = model_->hyper;
   const auto tokens = static_cast<std::int64_t>(rows.size());
   const std::int64_t pairs = hyper.head_dim / 2;
-  for (std::int64_t i = 0; i < tokens; ++i)
+  for (std::int64_t i = 0; i < tokens; ++i)  // here, because it may throw
     weights_.embedding(rows[static_cast<std::size_t>(i)].token, scratch_.x.f32 + i * scratch_.x.stride);
   each_row(tokens, [&](std::int64_t i) {
     const BatchRow& row = rows[static_cast<std::size_t>(i)];

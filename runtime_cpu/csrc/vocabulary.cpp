@@ -5,7 +5,7 @@
 #include <bit>
 #include <functional>
 #include <limits>
-#include <queue>
+#include <random>
 #include <set>
 
 namespace smallthinker {
@@ -61,9 +61,14 @@ std::uint64_t pair_of(std::int32_t left, std::int32_t right) {
          static_cast<std::uint32_t>(right);
 }
 
-// Where to begin looking in a table of 2^k entries.
+// Where to begin looking in a table of 2^k entries. Nobody knows the seed beforehand: a file whose entries
+// crowd one place would take minutes to open.
 std::size_t place(std::uint64_t hash, std::size_t size) {
-  return static_cast<std::size_t>((hash * 0x9E3779B97F4A7C15U) >> 32U) & (size - 1);
+  static const std::uint64_t seed = std::random_device{}() * 0x9E3779B97F4A7C15U;
+  hash ^= seed;  // then murmur3's finaliser
+  hash = (hash ^ (hash >> 33U)) * 0xFF51AFD7ED558CCDU;
+  hash = (hash ^ (hash >> 33U)) * 0xC4CEB9FE1A85EC53U;
+  return static_cast<std::size_t>(hash ^ (hash >> 33U)) & (size - 1);
 }
 
 std::size_t table_size(std::size_t entries) { return std::bit_ceil(entries + entries / 2 + 1); }
@@ -80,10 +85,11 @@ std::span<const std::string_view> texts_of(const GgufFile& file, std::string_vie
 
 }  // namespace
 
-Vocabulary::Vocabulary(std::span<const std::string_view> tokens, std::span<const std::int64_t> kinds,
+Vocabulary::Vocabulary(std::span<const std::string_view> tokens,
+                       std::optional<std::span<const std::int64_t>> kinds,
                        std::span<const std::string_view> merges) {
-  if (!kinds.empty() && kinds.size() != tokens.size()) {
-    throw TokenizerError("tokenizer.ggml.token_type has " + std::to_string(kinds.size()) +
+  if (kinds && kinds->size() != tokens.size()) {
+    throw TokenizerError("tokenizer.ggml.token_type has " + std::to_string(kinds->size()) +
                          " entries, tokenizer.ggml.tokens has " + std::to_string(tokens.size()));
   }
   add_tokens(tokens, kinds);
@@ -99,10 +105,12 @@ Vocabulary Vocabulary::from_file(const GgufFile& file) {
   } catch (const ModelFileError& error) {
     throw TokenizerError(error.what());
   }
-  return {tokens, kinds == nullptr ? std::span<const std::int64_t>{} : kinds->integers, merges};
+  if (kinds == nullptr) return {tokens, std::nullopt, merges};
+  return {tokens, kinds->integers, merges};
 }
 
-void Vocabulary::add_tokens(std::span<const std::string_view> tokens, std::span<const std::int64_t> kinds) {
+void Vocabulary::add_tokens(std::span<const std::string_view> tokens,
+                            std::optional<std::span<const std::int64_t>> kinds) {
   std::size_t bytes = 0;
   for (const std::string_view token : tokens) bytes += token.size();
   if (tokens.size() > std::numeric_limits<std::int32_t>::max() ||
@@ -118,7 +126,7 @@ void Vocabulary::add_tokens(std::span<const std::string_view> tokens, std::span<
   std::set<std::string_view> special;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
     const std::string_view token = tokens[i];
-    const std::int64_t kind = kinds.empty() ? 1 : kinds[i];
+    const std::int64_t kind = kinds ? (*kinds)[i] : 1;
     if (kind != 1 && kind != 3 && kind != 4 && kind != 5) {
       throw TokenizerError("token " + std::to_string(i) + " has type " + std::to_string(kind) +
                            "; byte-level BPE knows 1, 3, 4 and 5");
@@ -184,7 +192,7 @@ void Vocabulary::add_merges(std::span<const std::string_view> merges,
     const std::size_t middle = spelt.size();
     const bool spelt_out = left_spelt && spell(right, spelt) == std::string_view::npos;
     const std::string_view both = spelt;
-    const std::int32_t left_id = spelt_out ? find(both.substr(0, middle)) : -1;
+    const std::int32_t left_id = left_spelt ? find(both.substr(0, middle)) : -1;
     const std::int32_t right_id = spelt_out ? find(both.substr(middle)) : -1;
     const std::int32_t id = spelt_out ? find(both) : -1;
     if (left_id < 0 || right_id < 0 || id < 0) {

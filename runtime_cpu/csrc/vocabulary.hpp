@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -31,7 +32,7 @@ class Vocabulary {
 
   // `tokens` and both parts of a merge ("left right") are spelt in GPT-2's characters for bytes; tokens of
   // other kinds than normal are what they say. Without `kinds` all are normal.
-  Vocabulary(std::span<const std::string_view> tokens, std::span<const std::int64_t> kinds,
+  Vocabulary(std::span<const std::string_view> tokens, std::optional<std::span<const std::int64_t>> kinds,
              std::span<const std::string_view> merges);
   static Vocabulary from_file(const GgufFile& file);
 
@@ -56,7 +57,8 @@ class Vocabulary {
 
   std::int32_t find(std::string_view bytes) const;  // a normal token, or -1
   const Merge* find_merge(std::int32_t left, std::int32_t right) const;
-  void add_tokens(std::span<const std::string_view> tokens, std::span<const std::int64_t> kinds);
+  void add_tokens(std::span<const std::string_view> tokens,
+                  std::optional<std::span<const std::int64_t>> kinds);
   void add_merges(std::span<const std::string_view> merges, std::span<const std::string_view> tokens);
 
   std::string text_;

@@ -101,8 +101,6 @@ Weights::Weights(std::shared_ptr<const Model> model, const Kernels& kernels, Thr
     predictor_up = load(model_->head_predictor->up, kernels, pool);
   }
   model_->forget_pages();
-  if (plan.packed_experts && !model_->tied && !model_->embedding.tiled() && !model_->path.empty())
-    embedding_file_ = std::make_unique<SparseFile>(model_->path);
   if (plan.packed_experts) experts = std::make_unique<ExpertStore>(model_, options, pool.threads());
 }
 
@@ -167,13 +165,12 @@ void Weights::check_tiles(const Linear& from, const std::byte* data) const {
 void Weights::embedding(std::int64_t token, float* out) const {
   if (model_->tied && head_rows.data != nullptr)
     return dequantise(head_rows.type, head_rows.row(token), model_->hyper.hidden, out);
-  if (model_->tied && head.tiled()) return unpack_tile_row(head.tiles, token, out);
-  const Linear& table = model_->embedding;
+  const Linear& table = model_->tied ? head : model_->embedding;
   if (table.tiled()) return unpack_tile_row(table.tiles, token, out);
   const std::byte* const row = table.stock.row(token);
-  if (embedding_file_ == nullptr) return dequantise(table.stock.type, row, model_->hyper.hidden, out);
+  if (model_->tied) return dequantise(table.stock.type, row, model_->hyper.hidden, out);
   std::vector<std::byte> read(table.stock.row_bytes);
-  embedding_file_->read(model_->offset_of(row), read);
+  model_->read(row, read);
   dequantise(table.stock.type, read.data(), model_->hyper.hidden, out);
 }
 

@@ -13,7 +13,6 @@
 #include "expert_store.hpp"
 #include "huge_memory.hpp"
 #include "kernels.hpp"
-#include "mapped_file.hpp"
 #include "model.hpp"
 #include "packed.hpp"
 #include "thread_pool.hpp"
@@ -58,7 +57,6 @@ class Weights {
   std::shared_ptr<const Model> model_;
   HugeMemory dense_;
   std::byte* next_ = nullptr;
-  std::unique_ptr<SparseFile> embedding_file_;  // when its rows are read from the file one by one
 };
 
 }  // namespace smallthinker

@@ -220,13 +220,17 @@ def test_chat_says_when_the_context_is_full() -> None:
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
     controller, terminal = pty.openpty()
-    child = subprocess.Popen(
-        [sys.executable, "-m", "runtime_cpu.chat", str(MODEL), "--temperature", "2", "--seed", "5"],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-    )
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "runtime_cpu.chat", str(MODEL), "--temperature", "2", "--seed", "5"],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     os.close(terminal)
     shown = b""
 

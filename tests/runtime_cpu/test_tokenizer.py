@@ -73,6 +73,18 @@ def test_a_file_gives_the_same_tokenizer_as_its_metadata() -> None:
         assert of_file.token_bytes(index) == of_metadata.token_bytes(index)
 
 
+blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000ab1!'"), max_size=40)
+
+
+@settings(max_examples=500, deadline=None)
+@given(text=st.one_of(texts, blanks), window=st.integers(1, 9))
+def test_where_a_long_text_is_cut_changes_nothing(tokenizer: Tokenizer, text: str, window: int) -> None:
+    expected = tokenizer.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime_cpu.tokenizer._WINDOW_CHARACTERS", window)
+        assert tokenizer.encode(text) == expected
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
 def test_user_text_makes_no_control_tokens(tokenizer: Tokenizer, text: str) -> None:
@@ -154,9 +166,11 @@ def change(key: str, value: Any) -> dict[str, Any]:
         (change("tokens", [1, 2]), r"tokenizer.ggml.tokens\[0\] should be text"),
         (change("merges", ["ab"]), r"tokenizer.ggml.merges\[0\] is 'ab'"),
         (change("merges", ["a b c"]), r"tokenizer.ggml.merges\[0\]"),
-        (change("merges", ["a ž"]), "do not fit"),
+        (change("merges", ["a ž"]), "do not fit tokenizer.ggml.tokens: 'ž' of the merge 'a ž' is no token"),
+        (change("merges", ["\ud800 a"]), r"tokenizer.ggml.merges\[0\] is no text"),
         (change("merges", ["<|im_ end|>"]), "special token"),
         (change("token_type", [1]), "token_type has 1 entries"),
+        (change("token_type", []), "token_type has 0 entries"),
         (change("eos_token_id", 10**6), "eos_token_id is 1000000"),
         (change("eos_token_id", "x"), "should be an integer"),
         (change("bos_token_id", -1), "bos_token_id is -1"),

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -167,6 +168,7 @@ struct Shape {
   std::int64_t expert_hidden = 32, vocab = 40, context = 256, window = 0;
   std::vector<std::int32_t> rope, windowed;
   Type type = Type::kF32;
+  std::optional<Type> embedding;  // if of another
   bool softmax = true, tied = false;
   std::int64_t predictor_width = 0;  // 0: no predictor of the head's rows
 };
@@ -208,7 +210,7 @@ inline Container make_container(const Shape& shape, std::uint64_t seed) {
   const std::uint64_t shared = u(shape.kv_heads * shape.head_dim);
   const std::uint64_t ffn = u(shape.expert_hidden);
   const std::uint64_t experts = u(shape.experts);
-  tensor("token_embd.weight", {hidden, u(shape.vocab)}, shape.type, 1.0F);
+  tensor("token_embd.weight", {hidden, u(shape.vocab)}, shape.embedding.value_or(shape.type), 1.0F);
   if (!shape.tied) tensor("output.weight", {hidden, u(shape.vocab)}, shape.type, 0.5F);
   tensor("output_norm.weight", {hidden}, Type::kF32, 1.0F);
   for (std::int64_t i = 0; i < shape.layers; ++i) {
