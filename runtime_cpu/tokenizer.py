@@ -121,10 +121,9 @@ class Tokenizer:
         _check_kind(metadata)
         tokens = _strings(metadata, "tokenizer.ggml.tokens")
         merges = _strings(metadata, "tokenizer.ggml.merges")
-        kinds = metadata.get("tokenizer.ggml.token_type")
-        vocabulary = _core.Vocabulary.of(
-            tokens, [] if kinds is None else [int(kind) for kind in kinds], merges
-        )
+        raw_kinds = metadata.get("tokenizer.ggml.token_type")
+        kinds = None if raw_kinds is None else [int(kind) for kind in raw_kinds]
+        vocabulary = _core.Vocabulary.of(tokens, kinds, merges)
         return cls(vocabulary, **_named_ids(metadata))
 
     def encode(self, text: str, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:

@@ -151,6 +151,16 @@ def test_bos_is_added_as_the_file_says(metadata: dict[str, Any]) -> None:
     assert with_bos.encode("a", add_bos=False)[0] != with_bos.bos_id
 
 
+def test_without_types_every_token_is_an_ordinary_one(metadata: dict[str, Any], tokenizer: Tokenizer) -> None:
+    size = 256 + len(metadata["tokenizer.ggml.merges"])  # the special tokens follow, which spell no bytes
+    untyped = {
+        **{key: value for key, value in metadata.items() if not key.endswith(("token_type", "token_id"))},
+        **change("tokens", metadata["tokenizer.ggml.tokens"][:size]),
+    }
+    plain = Tokenizer.from_metadata(untyped)
+    assert not plain.control_tokens and plain.encode(CORPUS[0]) == tokenizer.encode(CORPUS[0])
+
+
 def change(key: str, value: Any) -> dict[str, Any]:
     return {f"tokenizer.ggml.{key}": value}
 
