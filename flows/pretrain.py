@@ -25,8 +25,8 @@ def print_plan(config: PretrainConfig) -> int:
     A plan that cannot work (memory, a batch that cannot be cut) is refused with its problems. That the machine at hand
     lacks the GPUs is only said: plans are made before machines are rented.
     """
+    from components.pretraining.architecture import model_config
     from components.pretraining.plan import plan, preflight
-    from components.pretraining.trainer import model_config
 
     made = plan(model_config(config), config)
     sys.stdout.write(made.render() + "\n")
@@ -40,7 +40,7 @@ def print_plan(config: PretrainConfig) -> int:
 
 def print_deepspeed(config: PretrainConfig) -> int:
     """Write the config that DeepSpeed is given to stdout."""
-    from components.pretraining.engine import deepspeed_config
+    from components.pretraining.deepspeed.engine import deepspeed_config
 
     precision = "bf16" if config.precision == "bf16" else "fp32"
     values = deepspeed_config(config, config.hardware.gpus or config.processes, precision)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import psutil
 
 from components.artifacts import (
+    EXIT_USER_ERROR,
     METRICS_NAME,
     ArtifactStore,
     Identity,
@@ -30,7 +31,6 @@ from components.artifacts import (
     read_manifest,
 )
 from components.artifacts.manifest import code_revision, collect_files
-from flows.stage_process import EXIT_USER_ERROR
 from flows.stages import STAGES, Stage, stage_named
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Runs one stage in a process of its own: ``python -m flows.stage_process REQUEST RESULT_FD`` (by the runner).
 
 REQUEST is JSON; the result goes to the inherited pipe RESULT_FD, which works on a full disk too. Exit codes: 0 done,
-3 an error that the user can act on (its sentence is in the result), 1 a defect (traceback on stderr).
+2 an error that the user can act on (its sentence is in the result), 1 a defect (traceback on stderr).
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from components.artifacts import ArtifactError, StageContext, StageError, die_with_parent
-
-EXIT_USER_ERROR = 3
+from components.artifacts import EXIT_USER_ERROR, ArtifactError, StageContext, StageError, die_with_parent
 
 
 def _describe_os_error(error: OSError, context: StageContext) -> str | None:

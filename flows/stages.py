@@ -43,7 +43,7 @@ STAGES: tuple[Stage, ...] = (
         "synthesize",
         "components.synthesis",
         _same_names("curate", "evalsets"),
-        preflight="components.synthesis.preflight:preflight",
+        preflight="components.synthesis.teacher.preflight:preflight",
     ),
     Stage("tokenize", "components.tokenization", _same_names("curate", "synthesize")),
     Stage(

@@ -18,6 +18,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from model.flex import document_blocks
 
 
+def document_ids(tokens_BT: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """Number the packed documents of every row; an ``eos_id`` begins a new one. ``[B, T]`` int64."""
+    return (tokens_BT == eos_id).long().cumsum(dim=1)
+
+
 @dataclass(frozen=True)
 class LayerMask:
     """What one kind of layer (global or windowed) hands to scaled_dot_product_attention.

@@ -1,24 +1,23 @@
 """Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
 
+from components.artifacts.config import StageConfig, parse_config, wrong_values
+from components.artifacts.files import canonical_json, sha256_file, sync, write_atomically, write_json
 from components.artifacts.manifest import (
     ArtifactError,
     FileEntry,
     Manifest,
     ParentEntry,
-    StageConfig,
-    canonical_json,
     fingerprint,
     read_manifest,
-    sha256_file,
     verify_files,
-    write_atomically,
-    write_json,
 )
+from components.artifacts.once import once
 from components.artifacts.processes import die_with_parent
-from components.artifacts.stage import METRICS_NAME, StageContext, StageError
+from components.artifacts.stage import EXIT_USER_ERROR, METRICS_NAME, StageContext, StageError
 from components.artifacts.store import ArtifactStore, Identity, flatten
 
 __all__ = [
+    "EXIT_USER_ERROR",
     "METRICS_NAME",
     "ArtifactError",
     "ArtifactStore",
@@ -33,9 +32,13 @@ __all__ = [
     "die_with_parent",
     "fingerprint",
     "flatten",
+    "once",
+    "parse_config",
     "read_manifest",
     "sha256_file",
+    "sync",
     "verify_files",
     "write_atomically",
     "write_json",
+    "wrong_values",
 ]

@@ -6,41 +6,20 @@ An artefact is a folder whose ``manifest.json`` was written last. No manifest, n
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from components.artifacts.files import canonical_json, sha256_file
+
 MANIFEST_NAME = "manifest.json"
-_CHUNK_BYTES = 1 << 20
 
 
 class ArtifactError(Exception):
     """An artefact is missing, torn or does not match its manifest."""
-
-
-class StageConfig(BaseModel):
-    """Base of every stage's part of a recipe: frozen, and unknown fields are errors.
-
-    Fields in ``OPT_IN`` are left out of what is declared while they are null, so that adding such a field leaves the
-    fingerprints of artefacts without it as they were. Fields in ``PLACEMENT`` say where and how a stage runs, not what
-    it makes: they are declared and do not enter the fingerprint, so that work begun on one machine goes on on another.
-    """
-
-    OPT_IN: ClassVar[frozenset[str]] = frozenset()
-    PLACEMENT: ClassVar[frozenset[str]] = frozenset()
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    def declared(self) -> dict[str, Any]:
-        """The config as plain JSON values, as it enters manifests and, but for ``PLACEMENT``, fingerprints."""
-        left_out = {name for name in self.OPT_IN if getattr(self, name) is None}
-        return self.model_dump(mode="json", exclude=left_out)
 
 
 class FileEntry(BaseModel):
@@ -82,11 +61,6 @@ class Manifest(BaseModel):
     peak_memory_bytes: int
 
 
-def canonical_json(value: object) -> str:
-    """Serialise ``value`` so that equal values give equal text on every machine."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def fingerprint(
     stage: str, stage_version: int, config: Mapping[str, Any], parents: Mapping[str, ParentEntry]
 ) -> str:
@@ -98,41 +72,6 @@ def fingerprint(
         "parents": {role: entry.fingerprint for role, entry in parents.items()},
     }
     return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes (hex), reading 1 MiB at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a crash leaves the old file or the new one, never a torn one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    write_atomically(path, text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -2,7 +2,7 @@
 
 A stage is a function ``run(context: StageContext) -> dict[str, float]`` in ``components.<stage>``. It reads
 parents under ``context.inputs``, writes into ``context.out``, and returns its headline metrics. The runner
-(``components.artifacts.store``) then checksums the folder and writes the manifest.
+(``flows/runner.py``) then checksums the folder and writes the manifest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import IO, Any
 
 METRICS_NAME = "metrics.jsonl"
+# Of every command and process of the pipeline, as argparse has it: what was asked for cannot be done, and a sentence
+# says why. 1 is a defect.
+EXIT_USER_ERROR = 2
 
 
 class StageError(Exception):

@@ -7,7 +7,6 @@ progress, or what a crash left; the same stage continues there.
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from components.artifacts.files import sync, write_atomically
 from components.artifacts.manifest import (
     MANIFEST_NAME,
     ArtifactError,
@@ -22,7 +22,6 @@ from components.artifacts.manifest import (
     ParentEntry,
     read_manifest,
     verify_files,
-    write_atomically,
 )
 
 _SHORT_DIGITS = 12
@@ -153,11 +152,7 @@ class ArtifactStore:
             if path.name.startswith("."):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in manifest.files:
-            descriptor = os.open(folder / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync(folder / name)
         write_atomically(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
 
     @contextmanager

@@ -7,9 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from components.artifacts import StageConfig
-
-Category = Literal["general", "maths", "code", "web_stem", "chinese"]
-CATEGORIES: tuple[Category, ...] = ("general", "maths", "code", "web_stem", "chinese")
+from components.corpus.categories import Category
 
 CorpusName = Literal[
     "owt",

@@ -18,8 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from components.curation.config import Category, CorpusName, PolicyName
-from components.evaluation.templates import EVAL_SEED_START, UNCATEGORIZED
+from components.corpus.categories import Category
+from components.corpus.templates import EVAL_SEED_START, UNCATEGORIZED
+from components.curation.config import CorpusName, PolicyName
 
 GSM_SEED = 1_000_000
 _GSM_INSTRUCTION = " Give the result as your final answer. Do not include units."

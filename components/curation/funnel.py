@@ -152,11 +152,10 @@ _KEPT_COLOUR = "#2f6f4f"
 
 def draw(funnel: Funnel, path: Path) -> None:
     """Draw where each source's documents went: one bar per source, dropped by step, kept at the left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # slow to import
     from matplotlib.patches import Patch
+
+    from components.measures.figures import save_figure
 
     labels = list(funnel)
     dropping = {
@@ -167,7 +166,8 @@ def draw(funnel: Funnel, path: Path) -> None:
     }
     steps = sorted(dropping, key=_order)
     colours = {step: _STEP_COLOURS[number % len(_STEP_COLOURS)] for number, step in enumerate(steps)}
-    figure, axis = plt.subplots(figsize=(11, 2.4 + 0.36 * len(labels)), constrained_layout=True)
+    figure = Figure(figsize=(11, 2.4 + 0.36 * len(labels)), layout="constrained")
+    axis = figure.subplots()
     previous = None
     ticks: list[float] = []
     position = 0.0
@@ -191,8 +191,7 @@ def draw(funnel: Funnel, path: Path) -> None:
     axis.tick_params(axis="y", length=0)
     handles = [Patch(color=_KEPT_COLOUR, label="kept")] + [Patch(color=colours[s], label=s) for s in steps]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize=9, frameon=False)
-    figure.savefig(path, dpi=140, metadata={"Software": None})
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _bar(axis: Any, entry: Mapping[str, Any], position: float, colours: Mapping[str, str]) -> None:

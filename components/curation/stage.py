@@ -25,13 +25,13 @@ from typing import IO
 
 import orjson
 from datatrove.utils.logging import logger  # type: ignore[import-untyped]
-from pydantic import ValidationError
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, write_atomically, write_json
-from components.curation.config import CATEGORIES, CorpusSource, CurateConfig
+from components.artifacts import StageContext, StageError, parse_config, write_atomically, write_json
+from components.corpus.categories import TEXT_CATEGORIES
+from components.corpus.overlap import OverlapIndex
+from components.curation.config import CorpusSource, CurateConfig
 from components.curation.corpora import CORPORA
-from components.curation.decontamination import OverlapIndex
 from components.curation.deduplication import Duplicates
 from components.curation.examples import train_classifiers
 from components.curation.funnel import Funnel, StepCount, by_category, draw
@@ -56,10 +56,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: a wrong config, a mandatory source that cannot be had, nothing left of a category, a full disk.
     """
-    try:
-        config = CurateConfig.model_validate(dict(context.config))
-    except ValidationError as error:
-        raise StageError(f"the config of stage curate is wrong: {error}") from error
+    config = parse_config(CurateConfig, context)
     logger.remove()  # datatrove logs to stderr by default
     with _disk_errors(context):
         return _curate(context, config)
@@ -281,7 +278,7 @@ def _add_to_funnel(funnel, unit, folder, duplicates, split_sizes, catalogue) -> 
 
 
 def _finish(context: StageContext, config: CurateConfig, funnel: Funnel) -> dict[str, float]:
-    categories = by_category(funnel, CATEGORIES)
+    categories = by_category(funnel, TEXT_CATEGORIES)
     summary = {name: [step.model_dump() for step in steps] for name, steps in categories.items()}
     write_json(context.out / FUNNEL_NAME, {"sources": funnel, "categories": summary})
     metrics: dict[str, float] = {}

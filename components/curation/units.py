@@ -23,9 +23,10 @@ from datatrove.pipeline.readers import HuggingFaceDatasetReader, ParquetReader  
 from datatrove.pipeline.writers import JsonlWriter  # type: ignore[import-untyped]
 
 from components.artifacts import die_with_parent, write_json
-from components.curation.config import Category, CorpusSource, CurateConfig, HubSource, PolicyName
+from components.corpus.categories import Category
+from components.corpus.overlap import OverlapFilter
+from components.curation.config import CorpusSource, CurateConfig, HubSource, PolicyName
 from components.curation.corpora import CORPORA, spread
-from components.curation.decontamination import OverlapFilter
 from components.curation.funnel import Measured
 from components.curation.policies import EXTRACTION_TIMEOUT_S, POLICIES, language
 from components.curation.quality import QualityFilter

@@ -15,16 +15,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, write_atomically, write_json
+from components.artifacts import StageContext, StageError, once, parse_config, write_json
+from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
 from components.devices.commands import PROJECT, engine_command
 from components.devices.config import BenchmarkConfig
 from components.devices.matrix import LOCAL, Device, DeviceUnavailable, read_matrix
-from components.tokenization import TokenShards
 
-_SPLIT = "heldout"
 PERPLEXITY_TYPES = ("f32", "f16", "q4_0")
 SPEED_TYPES = ("f16", "q4_0")
 _PRIMARY = "q4_0"
@@ -37,7 +35,7 @@ def run(context: StageContext) -> dict[str, float]:
         StageError: an input is missing, this machine cannot run the files, the logits differ from torch's, or Q4_0
             costs more perplexity than allowed.
     """
-    config = _config(context)
+    config = parse_config(BenchmarkConfig, context)
     devices = read_matrix(PROJECT / config.matrix)
     unknown = [name for name in config.devices if name not in devices]
     if unknown:
@@ -53,7 +51,7 @@ def run(context: StageContext) -> dict[str, float]:
 
         def step(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             bar.set_postfix_str(name)
-            result = _remembered(context.scratch / f"{name}.json", work)
+            result = once(context.scratch / f"{name}.json", work)
             bar.update()
             return result
 
@@ -104,42 +102,23 @@ def heldout_tokens(
 
     Parts are whole windows, so that no window mixes categories.
     """
-    categories = shards.categories(_SPLIT)
+    categories = shards.categories(HELD_OUT_SPLIT)
     if not categories:
         raise StageError(
-            f"the tokenized data have no {_SPLIT} tokens; there is nothing to measure perplexity on"
+            f"the tokenized data have no {HELD_OUT_SPLIT} tokens; there is nothing to measure perplexity on"
         )
     share = max(count // len(categories) // window, 1) * window
     parts: dict[str, NDArray[np.integer]] = {}
     for category in categories:
-        shard = shards.shard(_SPLIT, category)
+        shard = shards.shard(HELD_OUT_SPLIT, category)
         whole = min(share, len(shard)) // window * window
         if whole:
             parts[category] = shard.read(0, whole)
     if not parts:  # tiny data: one short window is better than nothing
-        longest = max(categories, key=lambda name: len(shards.shard(_SPLIT, name)))
-        shard = shards.shard(_SPLIT, longest)
+        longest = max(categories, key=lambda name: len(shards.shard(HELD_OUT_SPLIT, name)))
+        shard = shards.shard(HELD_OUT_SPLIT, longest)
         parts[longest] = shard.read(0, min(len(shard), window))
     return np.concatenate(list(parts.values())), {name: len(part) for name, part in parts.items()}
-
-
-def _config(context: StageContext) -> BenchmarkConfig:
-    try:
-        return BenchmarkConfig.model_validate(context.config)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(map(str, problem["loc"]))
-        raise StageError(f"benchmark.{field} = {problem.get('input')!r}: {problem['msg']}") from error
-
-
-def _remembered(path: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``work``, or what an earlier, killed attempt of this very stage already found."""
-    try:
-        known: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        known = work()
-        write_json(path, known)
-    return known
 
 
 def _agreement(
@@ -263,14 +242,14 @@ def _write(
     increase: float | None,
     categories: dict[str, int],
 ) -> None:
-    from components.devices.picture import draw
+    from components.devices.figures import draw
 
     first = next(iter(perplexity.values()))
     title = (
         f"{context.recipe} on the CPU engine: {config.prompt_tokens} prompt and {config.decode_tokens} decoded tokens, "
         f"median and range of {config.runs} runs"
     )
-    write_atomically(context.out / "bench.png", draw(rows, perplexity, title))
+    draw(context.out / "bench.png", rows, perplexity, title)
     write_json(
         context.out / "bench.json",
         {

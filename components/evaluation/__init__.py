@@ -9,7 +9,7 @@ VERSION = 1
 
 
 def run(context: StageContext) -> dict[str, float]:
-    """The stage ``evaluate``; see :func:`components.evaluation.harness.run`."""
-    from components.evaluation.harness import run as evaluate  # torch and lm-eval are slow to import
+    """The stage ``evaluate``; see :func:`components.evaluation.stage.run`."""
+    from components.evaluation.stage import run as evaluate  # torch and lm-eval are slow to import
 
     return evaluate(context)

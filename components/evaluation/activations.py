@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
+from components.corpus.categories import CATEGORIES
+from components.corpus.shards import TOKENIZER_FOLDER, TokenShards
 from components.evaluation.config import EvaluateConfig
-from components.pretraining.batches import document_ids, held_out_windows
-from components.pretraining.config import CATEGORIES
-from components.pretraining.heldout import token_bytes
-from components.tokenization import TokenShards
+from components.measures.heldout import held_out_windows, token_bytes
 from model import SmallThinkerForCausalLM
+from model.masks import document_ids
 
 SPLIT: Final = "heldout"
 COLD_FREQUENCY: Final = 0.14  # the paper's mark for a rarely used expert
@@ -60,7 +60,7 @@ class HeldOutText:
             StageError: there is no held-out text, or a shard is missing or torn.
         """
         shards = TokenShards.open(tokenized)
-        tokenizer_file = tokenized / "tokenizer" / "tokenizer.json"
+        tokenizer_file = tokenized / TOKENIZER_FOLDER / "tokenizer.json"
         if not tokenizer_file.is_file():
             raise StageError(f"{tokenizer_file} is missing; run the stage tokenize")
         lengths = token_bytes(Tokenizer.from_file(str(tokenizer_file)), shards.vocab_size).astype(np.float64)

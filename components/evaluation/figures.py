@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from components.artifacts import write_atomically
 from components.evaluation.activations import COLD_FREQUENCY, Floats, Routing
+from components.measures.figures import save_figure, tidy
 
 _LABELLED_CELLS = 160  # above this the numbers in the cells would not be readable
-
-
-def _save(figure: Figure, path: Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    write_atomically(path, buffer.getvalue())
 
 
 def _map(axes: Axes, frequency_LE: Floats, top: float, numbers: bool) -> AxesImage:
@@ -57,7 +50,7 @@ def draw_heatmap(routing: Routing, path: Path) -> None:
         axes.tick_params(labelsize=7)
         panels.append(axes)
     figure.colorbar(image, ax=[main, *panels], label="share of tokens that choose the expert", shrink=0.6)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_sparsity(routing: Routing, path: Path) -> None:
@@ -83,6 +76,5 @@ def draw_sparsity(routing: Routing, path: Path) -> None:
         f"{COLD_FREQUENCY:.0%} of tokens",
         fontsize=10,
     )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
-    _save(figure, path)
+    tidy(axes)
+    save_figure(figure, path)

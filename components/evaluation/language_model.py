@@ -21,8 +21,8 @@ from lm_eval.models.utils import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from components.artifacts import StageError
-from components.evaluation.inference import ChatTokenizer, OptionScore, greedy_tokens, option_scores
-from components.evaluation.scoring import end_ids
+from components.measures.inference import ChatTokenizer, OptionScore, greedy_tokens, option_scores
+from components.measures.scoring import end_ids
 from model import SmallThinkerForCausalLM
 
 _DEFAULT_NEW_TOKENS = 256

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from components.artifacts import StageContext, StageError, write_atomically, write_json
-from components.evaluation.config import EvalSetsConfig
-from components.evaluation.templates import (
+from components.artifacts import StageContext, StageError, parse_config, write_atomically, write_json
+from components.corpus.templates import (
     EVAL_SEED_START,
     TOPICS,
     arithmetic_problems,
@@ -28,6 +25,7 @@ from components.evaluation.templates import (
     is_reserved,
     topic_question,
 )
+from components.evaluation.config import EvalSetsConfig
 from components.sources import fetch
 
 VERSION = 1
@@ -345,10 +343,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: the configuration is wrong, a package cannot be had, or its contents are not as expected.
     """
-    try:
-        config = EvalSetsConfig.model_validate(dict(context.config))
-    except ValidationError as error:
-        raise StageError(f"the configuration of evalsets is wrong: {error}") from error
+    config = parse_config(EvalSetsConfig, context)
 
     def source(name: str) -> Path:
         return fetch(name, context.cache, note=context.note)

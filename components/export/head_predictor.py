@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from components.artifacts import StageError
 from components.export.config import HeadPredictorConfig
-from components.export.head_states import Floats
-from components.export.head_study import TILE_ROWS, wilson
+from components.export.head_states import TILE_ROWS, Floats
+from components.measures.intervals import wilson_interval
 
 _START_SPREAD = 3.0  # of the scores before training: where the loss still bends
 _ROWS_AT_ONCE = 64  # positions of which all logits are in memory
@@ -181,7 +181,7 @@ def evaluate(
         sums["active_tiles"] += float(tiles.float().mean(dim=1).sum())
         sums["lost_mass"] += float(logits.softmax(dim=1).masked_fill(named, 0.0).sum())
     missed = round(sums.pop("missed"))
-    low, high = wilson(missed, len(states))
+    low, high = wilson_interval(missed, len(states))
     report: dict[str, Any] = {name: value / len(states) for name, value in sums.items()}
     return {
         **report,

@@ -19,11 +19,12 @@ import torch
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
-from components.tokenization import TokenShards
+from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
-HELD_OUT_SPLIT = "heldout"
+TILE_ROWS = 16
+"""Rows of the output matrix that are read together."""
 
 
 def split_windows(

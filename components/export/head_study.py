@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from components.export.head_states import collect_states, head_weight, split_windows, text_streams
+from components.export.head_states import TILE_ROWS, collect_states, head_weight, split_windows, text_streams
+from components.measures.intervals import wilson_interval
 
 Floats = npt.NDArray[np.floating[Any]]
 BYTES_PER_WEIGHT = 18 / 32  # Q4_0
-TILE_ROWS = 16
 _LEADERS = 64  # rows of the greatest estimates that are computed first: they set the bar
 _CHUNK = 64
 
@@ -50,17 +50,6 @@ class Screen:
     estimate: Callable[[Floats], tuple[Floats, Floats]]
     row_bytes: float
     bound: bool = False
-
-
-def wilson(hits: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = hits / trials
-    centre = share + z * z / (2 * trials)
-    width = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)
 
 
 def _norm(rows: Floats) -> Floats:
@@ -275,7 +264,7 @@ def measure(screen: Screen, head: Floats, test: Floats, factors: Sequence[float]
     for factor, counts in sums.items():
         trials = len(test)
         shares = {key: value / trials for key, value in counts.items()}
-        low, high = wilson(int(counts["lost"]), trials)
+        low, high = wilson_interval(int(counts["lost"]), trials)
         full = head.shape[1] * BYTES_PER_WEIGHT
         lines.append(
             {"screen": screen.name, "factor": None if screen.bound else factor, **shares, "lost_low": low,

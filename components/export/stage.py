@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, read_manifest, write_json
+from components.artifacts import StageContext, StageError, parse_config, read_manifest, write_json
+from components.corpus.shards import TOKENIZER_FOLDER
 from components.export.config import ExportConfig, HeadPredictorConfig
 from components.export.gguf_file import ActivationStats, GGUFModel, stock_layout_limit, write_gguf
 from components.export.head_predictor import HeadPredictor, split_parts, train
@@ -44,7 +45,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: an input is missing or torn, or a file does not reproduce the model.
     """
-    config = ExportConfig.model_validate(dict(context.config))
+    config = parse_config(ExportConfig, context)
     torch.set_num_threads(config.threads)
     source = context.inputs["merge"] / "model"
     try:
@@ -52,7 +53,7 @@ def run(context: StageContext) -> dict[str, float]:
     except CheckpointError as error:
         raise StageError(f"The merged model cannot be read: {error}") from error
     published = exported_config(checkpoint.config, config.max_position_embeddings)
-    tokenizer = find_tokenizer(source, context.inputs["tokenize"] / "tokenizer")
+    tokenizer = find_tokenizer(source, context.inputs["tokenize"] / TOKENIZER_FOLDER)
     stats = _read_stats(context.inputs["evaluate"] / "activation_stats.json", published)
     name = f"smallthinker-{context.recipe}"
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from components.artifacts import write_atomically
+from components.measures.figures import save_figure
 from components.merging.sweep import Scored
 
 
 def draw(path: Path, scored: Sequence[Scored], chosen: int) -> None:
     """Write ``sweep.png``: mean task score against held-out bits per byte, one labelled point per candidate."""
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     for index, candidate in enumerate(scored):
         x, y = candidate.bits_per_byte["overall"], candidate.task_score
         picked = index == chosen
@@ -31,7 +28,4 @@ def draw(path: Path, scored: Sequence[Scored], chosen: int) -> None:
     )
     axes.margins(x=0.2, y=0.12)
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path)

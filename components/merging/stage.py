@@ -8,50 +8,69 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, write_atomically, write_json
+from components.artifacts import (
+    StageContext,
+    once,
+    parse_config,
+    sync,
+    write_atomically,
+    write_json,
+)
+from components.corpus.dialogues import DialogueEncoder
+from components.corpus.shards import TOKENIZER_FOLDER, TokenShards
+from components.measures.heldout import HeldOut
+from components.measures.task_suite import TaskSuite
 from components.merging.compatibility import check_compatible, read_config
 from components.merging.config import MergeConfig
 from components.merging.figures import draw
 from components.merging.linear import merge
 from components.merging.sweep import Scored, checkpoint_folder, choose, utilities
-from components.posttraining.checkpoints import (
-    check_vocabulary,
-    choose_device,
-    copy_tokenizer,
-    load_model,
-    replace_folder,
-    sync,
-)
-from components.posttraining.dialogues import DialogueEncoder
-from components.posttraining.tasks import TaskSuite
-from components.pretraining.config import EvaluationPart
-from components.pretraining.engine import Ranks
-from components.pretraining.heldout import HeldOut
-from components.tokenization import TokenShards
+from components.weights.devices import choose_device
+from components.weights.model_folders import check_vocabulary, copy_tokenizer, load_model, replace_folder
 
 # Taken from the SFT model whatever the weights: the result is a chat model.
 _CHAT_KEYS = ("bos_token_id", "eos_token_id")
 
 
+@dataclass(frozen=True)
+class _Judge:
+    """Merges a candidate, scores it and drops its weights."""
+
+    context: StageContext
+    config: MergeConfig
+    folders: dict[str, Path]
+    encoder: DialogueEncoder
+    suite: TaskSuite
+    text: HeldOut
+    device: torch.device
+
+    def score(self, weights: dict[str, float]) -> Scored:
+        draft = self.context.scratch / "candidate"
+        _merge(weights, self.folders, draft, self.config)
+        model = load_model(draft, self.device)
+        check_vocabulary(model, self.encoder)
+        text = self.text.evaluate(model, self.config.context, self.device)
+        assert text is not None
+        scored = Scored(weights, self.suite.score(model, self.encoder), text.bits_per_byte)
+        del model
+        shutil.rmtree(draft)
+        return scored
+
+
 def run(context: StageContext) -> dict[str, float]:
     """Run the stage; see :func:`components.merging.run`."""
-    try:
-        config = MergeConfig.model_validate(dict(context.config))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "config"
-        raise StageError(f"merge.{field} = {problem.get('input')!r}: {problem['msg']}") from error
+    config = parse_config(MergeConfig, context)
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     pretrain, posttrain = context.inputs["pretrain"], context.inputs["posttrain"]
-    tokenizer_folder = context.inputs["tokenize"] / "tokenizer"
+    tokenizer_folder = context.inputs["tokenize"] / TOKENIZER_FOLDER
     names = dict.fromkeys(name for candidate in config.candidates for name in candidate)
     folders = {name: checkpoint_folder(name, pretrain, posttrain) for name in names}
     check_compatible(folders, config.allow_rope_change)
@@ -60,23 +79,17 @@ def run(context: StageContext) -> dict[str, float]:
     text = HeldOut.open(
         TokenShards.open(context.inputs["tokenize"]),
         tokenizer_folder / "tokenizer.json",
-        EvaluationPart.model_validate({"tokens_per_category": config.text_tokens_per_category}),
+        config.text_tokens_per_category,
     )
 
+    judge = _Judge(context, config, folders, encoder, suite, text, device)
     scored: list[Scored] = []
     for number, weights in enumerate(tqdm(config.candidates, desc="merge", unit="candidate")):
-        result = context.scratch / f"candidate-{number:03d}.json"
-        if not result.exists():
-            draft = context.scratch / "candidate"
-            _merge(weights, folders, draft, config)
-            model = load_model(draft, device)
-            check_vocabulary(model, encoder)
-            figures = text.evaluate(model, config.context, Ranks(0, 1, device))
-            assert figures is not None
-            write_json(result, Scored(weights, suite.score(model, encoder), figures.bits_per_byte).to_json())
-            del model
-            shutil.rmtree(draft)
-        scored.append(Scored.from_json(json.loads(result.read_text())))
+        figures = once(
+            context.scratch / f"candidate-{number:03d}.json",
+            lambda weights=weights: judge.score(weights).to_json(),  # type: ignore[misc]
+        )
+        scored.append(Scored.from_json(figures))
 
     chosen = choose(scored, config.bits_per_byte_weight)
     _write_model(scored[chosen].weights, folders, context, config)
@@ -107,7 +120,7 @@ def _write_model(
     write_atomically(draft / "config.json", (json.dumps(merged_config, indent=2) + "\n").encode())
     if (chat / "generation_config.json").is_file():
         shutil.copyfile(chat / "generation_config.json", draft / "generation_config.json")
-    copy_tokenizer(context.inputs["tokenize"] / "tokenizer", draft)
+    copy_tokenizer(context.inputs["tokenize"] / TOKENIZER_FOLDER, draft)
     for path in draft.iterdir():
         sync(path)
     replace_folder(draft, context.out / "model")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
-from components.posttraining.tasks import TaskScore
+from components.measures.task_suite import TaskScore
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-from components.artifacts import write_atomically
+from components.measures.figures import save_figure
 
 
 def draw(path: Path, metrics_path: Path, heldout: Mapping[str, Any]) -> None:
@@ -24,7 +20,8 @@ def draw(path: Path, metrics_path: Path, heldout: Mapping[str, Any]) -> None:
         if "train/loss" in row["metrics"]:
             steps.append(row["step"])
             losses.append(row["metrics"]["train/loss"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     left.plot(steps, losses, label="training")
     for name, style in (("base", ":"), ("sft", "--")):
         loss = heldout["sft_loss"][name]["nats_per_token"]
@@ -47,7 +44,4 @@ def draw(path: Path, metrics_path: Path, heldout: Mapping[str, Any]) -> None:
     right.set(xticks=range(len(tasks)), xticklabels=tasks, ylim=(0, 1), ylabel="share right (95 % interval)")
     right.set_title("templated tasks, development items (dotted: chance)")
     right.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path)

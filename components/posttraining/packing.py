@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from components.artifacts import StageError
-from components.posttraining.dialogues import Encoded
+from components.corpus.dialogues import Encoded
 
 IGNORED_LABEL = -100
 PADDING_DOCUMENT = -1

@@ -13,26 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from components.artifacts import METRICS_NAME, StageContext, StageError, write_atomically, write_json
-from components.posttraining.checkpoints import (
-    check_vocabulary,
-    choose_device,
-    load_model,
-    save_model,
+from components.artifacts import (
+    METRICS_NAME,
+    StageContext,
+    StageError,
+    once,
+    parse_config,
+    write_atomically,
+    write_json,
 )
+from components.corpus.dialogues import DialogueEncoder, Encoded, read_dialogues
+from components.corpus.shards import TOKENIZER_FOLDER, TokenShards
+from components.measures.heldout import HeldOut
+from components.measures.task_suite import Gain, TaskScore, TaskSuite
 from components.posttraining.config import PosttrainConfig
-from components.posttraining.dialogues import DialogueEncoder, Encoded, read_dialogues
+from components.posttraining.dialogue_loss import dialogue_loss, split_dialogues
 from components.posttraining.figures import draw
-from components.posttraining.heldout import dialogue_loss, split_dialogues
 from components.posttraining.packing import PackedRows
-from components.posttraining.tasks import Gain, TaskScore, TaskSuite
 from components.posttraining.training import Trainer
-from components.pretraining.config import EvaluationPart
-from components.pretraining.engine import Ranks
-from components.pretraining.heldout import HeldOut
-from components.tokenization import TokenShards
+from components.weights.devices import choose_device
+from components.weights.model_folders import check_vocabulary, load_model, save_model
 from model import SmallThinkerForCausalLM
 
 _HELDOUT_PREFIX = "heldout/"
@@ -53,7 +54,7 @@ class Judge:
         config = self.config
         device = next(model.parameters()).device
         loss = dialogue_loss(model, self.dialogues, config.context, config.rows_per_micro_batch)
-        text = self.text.evaluate(model, config.context, Ranks(0, 1, device))
+        text = self.text.evaluate(model, config.context, device)
         assert text is not None
         tasks = self.suite.score(model, self.encoder)
         return {
@@ -68,15 +69,10 @@ class Judge:
 
 def run(context: StageContext) -> dict[str, float]:
     """Run the stage; see :func:`components.posttraining.run`."""
-    try:
-        config = PosttrainConfig.model_validate(dict(context.config))
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "config"
-        raise StageError(f"posttrain.{field} = {problem.get('input')!r}: {problem['msg']}") from error
+    config = parse_config(PosttrainConfig, context)
     torch.set_num_threads(config.threads)
     device = choose_device(config.device)
-    tokenizer_folder = context.inputs["tokenize"] / "tokenizer"
+    tokenizer_folder = context.inputs["tokenize"] / TOKENIZER_FOLDER
     encoder = DialogueEncoder.open(tokenizer_folder)
     dialogues = read_dialogues(context.inputs["synthesize"] / "sft.jsonl")
     training, held = split_dialogues(dialogues, config.heldout_percent, config.heldout_dialogues)
@@ -94,15 +90,18 @@ def run(context: StageContext) -> dict[str, float]:
         context.note(
             f"{rows.cut} dialogues were cut at {config.context} tokens; {rows.dropped} of them had no answer left."
         )
-    part = EvaluationPart.model_validate({"tokens_per_category": config.text_tokens_per_category})
     judge = Judge(
         encoder,
         [(dialogue.task, encoder.encode(dialogue.messages)) for dialogue in held],
         TaskSuite.open(context.inputs["evalsets"], config.tasks, config.task_items),
-        HeldOut.open(TokenShards.open(context.inputs["tokenize"]), tokenizer_folder / "tokenizer.json", part),
+        HeldOut.open(
+            TokenShards.open(context.inputs["tokenize"]),
+            tokenizer_folder / "tokenizer.json",
+            config.text_tokens_per_category,
+        ),
         config,
     )
-    base = _once(context.scratch / "base.json", lambda: judge.score(model))
+    base = once(context.scratch / "base.json", lambda: judge.score(model))
 
     trainer = Trainer(model, rows, config, context.scratch / "checkpoints")
     for complaint in trainer.resume():
@@ -147,14 +146,6 @@ def trim_metrics(path: Path, step: int) -> bool:
         kept.append(line)
     write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
     return has_base
-
-
-def _once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of ``compute``, kept in ``path`` so that a resumed run does not repeat it."""
-    if not path.exists():
-        write_json(path, compute())
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
 
 
 def _keepers(

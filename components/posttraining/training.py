@@ -30,8 +30,8 @@ from tqdm import tqdm
 from components.artifacts import StageError, canonical_json
 from components.posttraining.config import PosttrainConfig
 from components.posttraining.packing import IGNORED_LABEL, PackedBatch, PackedRows
-from components.pretraining.checkpoints import CheckpointStore
-from components.pretraining.engine import parameter_groups
+from components.weights.checkpoint_store import CheckpointStore
+from components.weights.optimizer import parameter_groups
 from model import SmallThinkerForCausalLM
 
 _STATE_NAME = "state.pt"

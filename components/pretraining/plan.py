@@ -1,6 +1,6 @@
 """What a run will cost and what it lacks, before anything is spent: ``python -m flows.pretrain --recipe 21b --plan``.
 
-``plan(...)`` counts parameters on the meta device, memory per GPU by part, tokens, FLOPs and days;
+``plan(...)`` counts parameters, memory per GPU by part, tokens, FLOPs and days;
 ``preflight(config)`` lists what this machine lacks (the runner asks it before it starts any stage).
 """
 
@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
-from components.pretraining.curriculum import Curriculum
-from components.pretraining.flops import active_parameters, training_flops_per_token
-from components.pretraining.mesh import Mesh, groups_fit
+from components.pretraining.data.accumulation import groups_fit
+from components.pretraining.data.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from model import SmallThinkerConfig
@@ -120,24 +119,6 @@ class Plan:
         return "\n".join(lines)
 
 
-def count_parameters(model: SmallThinkerConfig) -> int:
-    """All parameters, counted on the meta device (nothing is allocated)."""
-    import torch
-
-    from model import SmallThinkerForCausalLM
-
-    with torch.device("meta"):
-        network = SmallThinkerForCausalLM(model)
-    network.tie_weights()
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def count_expert_parameters(model: SmallThinkerConfig) -> int:
-    """The parameters of all experts of all layers."""
-    matrices = 3 * model.moe_num_primary_experts * model.num_hidden_layers
-    return matrices * model.hidden_size * model.moe_ffn_hidden_size
-
-
 def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig) -> float:
     """Bytes per token that leave a process: rows to their experts and back, forward, backward and recomputed."""
     elsewhere = 1.0 - 1.0 / config.expert_parallel
@@ -147,9 +128,7 @@ def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig)
     return elsewhere * passes * model.moe_num_active_primary_experts * row_bytes * model.num_hidden_layers
 
 
-def memory_by_part(
-    model: SmallThinkerConfig, config: PretrainConfig, parameters: int, processes: int
-) -> dict[str, float]:
+def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes: int) -> dict[str, float]:
     """Estimated bytes per process and part, at the stage that needs most.
 
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
@@ -162,13 +141,15 @@ def memory_by_part(
     Args:
         model: the architecture.
         config: the recipe's part.
-        parameters: of the whole model.
         processes: of the run.
     """
+    from model.accounting import count_parameters
+
     width_bytes = 4 if config.precision == "fp32" else 2
     size = config.expert_parallel
-    local_experts = count_expert_parameters(model) / size
-    dense = parameters - count_expert_parameters(model)
+    counts = count_parameters(model)
+    local_experts = counts.experts / size
+    dense = counts.total - counts.experts
     held = dense + local_experts
     sharded = dense / max(1, processes) + local_experts / max(1.0, processes / size)
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
@@ -227,14 +208,19 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         config: the recipe's part.
         hardware: replaces the recipe's.
     """
+    from components.pretraining.processes.ranks import Ranks
+    from model.accounting import count_parameters, training_flops_per_token
+
     hardware = hardware or config.hardware
     processes = hardware.gpus or config.processes
-    parameters = count_parameters(model)
-    memory = memory_by_part(model, config, parameters, processes)
+    counts = count_parameters(model)
+    memory = memory_by_part(model, config, processes)
     limit = hardware.gpu_memory_gb * _GB
     problems: list[str] = []
     try:
-        Mesh(0, processes, config.expert_parallel).check(model.moe_num_primary_experts)
+        Ranks(world=processes, expert_parallel=config.expert_parallel).check_experts(
+            model.moe_num_primary_experts
+        )
     except StageError as error:
         problems.append(str(error).rstrip("."))
     stages = []
@@ -276,8 +262,8 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         expert_parallel=config.expert_parallel,
         zero_stage=config.zero_stage,
         precision=config.precision,
-        parameters=parameters,
-        active=active_parameters(model),
+        parameters=counts.total,
+        active=counts.active,
         memory_bytes=memory,
         memory_limit_bytes=limit,
         stages=tuple(stages),
@@ -326,7 +312,7 @@ def preflight(config: PretrainConfig) -> list[str]:
     elif config.device == "cuda" and not found:
         problems.append("device is cuda and torch finds no CUDA device; set pretrain.device=auto")
     if hardware.gpus:
-        from components.pretraining.trainer import model_config
+        from components.pretraining.architecture import model_config
 
         problems += plan(model_config(config), config).problems
     return problems
@@ -338,7 +324,7 @@ def describe(config: PretrainConfig) -> str:
     Raises:
         StageError: the model's overrides are impossible.
     """
-    from components.pretraining.trainer import model_config
+    from components.pretraining.architecture import model_config
 
     return plan(model_config(config), config).render()
 

@@ -223,3 +223,50 @@ PRESETS = {
     "4b": pretrain_config_4b,
     "21b": pretrain_config_21b,
 }
+
+
+def benchmark_config(
+    preset: str,
+    steps: int,
+    context: int,
+    micro_batch: int,
+    accumulation: int,
+    layers: int,
+    device: str,
+    threads: int,
+) -> PretrainConfig:
+    """A recipe's training on one process, cut down to what is measured. 0: the recipe's own value."""
+    recipe = PRESETS[preset]()
+    context = context or recipe.stages[0].context
+    micro_batch = micro_batch or recipe.micro_batch(0)
+    stage = CurriculumStage(
+        tokens=steps * context * micro_batch * accumulation,
+        context=context,
+        sequences_per_step=micro_batch * accumulation,
+        rope_theta=recipe.stages[0].rope_theta,
+        mixture=recipe.stages[0].mixture,
+    )
+    overrides = dict(recipe.model.overrides)
+    if layers:
+        overrides["num_hidden_layers"] = layers
+        from model import preset as named
+
+        for key in ("rope_layout", "sliding_window_layout"):
+            overrides[key] = list(overrides.get(key) or getattr(named(recipe.model.preset), key))[:layers]
+    values = {
+        **recipe.model_dump(),
+        "model": {"preset": recipe.model.preset, "overrides": overrides},
+        "stages": [stage.model_dump()] * 3,
+        "optimizer": {**recipe.optimizer.model_dump(), "warmup_steps": 0},
+        "sequences_per_micro_batch": micro_batch,
+        "load_balance_groups": 1,
+        "load_balance_domains": "mixed",
+        "expert_parallel": 1,
+        "processes": 1,
+        "zero_stage": 1,
+        "device": device,
+        "threads": threads or recipe.threads,
+        "hardware": {**recipe.hardware.model_dump(), "gpus": 0},
+        "spike_ratio": 100.0,
+    }
+    return PretrainConfig.model_validate(values)

@@ -6,53 +6,14 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from components.artifacts import METRICS_NAME, StageContext, StageError, write_json
+from components.artifacts import METRICS_NAME, StageContext, parse_config, write_json
 from components.pretraining.config import PretrainConfig
-from components.pretraining.curriculum import Curriculum
+from components.pretraining.data.curriculum import Curriculum
 
 EVALUATION_NOTE = (
     "bits per byte on held-out text; start: before a stage's first step, at its context and RoPE base; bigram: "
     "interpolated modified Kneser-Ney on all training tokens, scored on the same tokens"
 )
-_LONGEST_VALUE = 60
-
-
-def parse_config(values: Mapping[str, Any]) -> PretrainConfig:
-    """Parse the stage's part of a recipe.
-
-    Raises:
-        StageError: names field, value and what is allowed.
-    """
-    try:
-        return PretrainConfig.model_validate(dict(values))
-    except ValidationError as error:
-        lines = [_sentence(problem) for problem in _causes(error)]
-        raise StageError("The pretrain recipe has a wrong value: " + "; ".join(lines)) from error
-
-
-def _causes(error: ValidationError) -> list[Any]:
-    """The errors without those that only follow from another: a sequence is too short because its items are wrong."""
-    problems: list[Any] = error.errors(include_url=False)
-    return [
-        problem
-        for problem in problems
-        if problem["type"] != "too_short"
-        or not any(
-            len(other["loc"]) > len(problem["loc"]) and other["loc"][: len(problem["loc"])] == problem["loc"]
-            for other in problems
-        )
-    ]
-
-
-def _sentence(problem: Mapping[str, Any]) -> str:
-    """Field, value where it is short, and what is allowed."""
-    where = ".".join(map(str, problem["loc"]))
-    value = repr(problem.get("input"))
-    shown = f"{where} = {value}" if len(value) <= _LONGEST_VALUE else where
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{shown}: {message}".removeprefix(": ")
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -64,7 +25,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
     """
-    config = parse_config(context.config)
+    config = parse_config(PretrainConfig, context)
     if config.processes > 1 or config.hardware.gpus > 1:
         from components.pretraining.launcher import train_under_torchrun
 
@@ -76,9 +37,9 @@ def run(context: StageContext) -> dict[str, float]:
 
 def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
     """Train as one process of the run: the only one, or the one that torchrun's environment says."""
-    from components.pretraining.engine import join_processes
-    from components.pretraining.interruption import Interruption
-    from components.pretraining.trainer import Trainer
+    from components.pretraining.processes.interruption import Interruption
+    from components.pretraining.processes.ranks import join_processes
+    from components.pretraining.training.trainer import Trainer
 
     with Interruption.watching() as interruption:
         ranks = join_processes(config)
@@ -89,7 +50,7 @@ def write_results(
     context: StageContext, config: PretrainConfig, evaluations: Mapping[str, Any]
 ) -> dict[str, float]:
     """Write ``heldout.json``, ``activation_stats.json`` and the pictures from the finished evaluations."""
-    from components.pretraining.pictures import draw_bits_per_byte, draw_loss
+    from components.pretraining.training.figures import draw_bits_per_byte, draw_loss
 
     curriculum = Curriculum(config)
     names = [span.name for span in curriculum.spans]
@@ -121,7 +82,7 @@ def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict
     old, new = config.stages[-2].context, config.stages[-1].context
     if new <= old or not config.evaluation.position_documents:
         return {}
-    from components.pretraining.long_context import measure
+    from components.measures.positions import measure
 
     earlier, last = (
         context.out / f"stage{number}" for number in (len(config.stages) - 1, len(config.stages))

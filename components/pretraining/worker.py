@@ -16,10 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import StageContext, StageError, die_with_parent, write_json
+from components.artifacts import (
+    EXIT_USER_ERROR,
+    StageContext,
+    StageError,
+    die_with_parent,
+    parse_config,
+    write_json,
+)
+from components.pretraining.config import PretrainConfig
 from components.pretraining.launcher import REQUEST_NAME, RESULT_NAME
 
-EXIT_USER_ERROR = 3
 _GRACE_S = 10.0
 
 
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = _request(parser.parse_args(argv))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     die_with_parent()
-    from components.pretraining.stage import parse_config, train_here, write_results
+    from components.pretraining.stage import train_here, write_results
 
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     answer: dict[str, Any] = {}
     try:
-        config = parse_config(context.config)
+        config = parse_config(PretrainConfig, context)
         answer["evaluations"] = train_here(context, config)
         if is_first and not request_was_launched(request):
             write_results(context, config, answer["evaluations"])

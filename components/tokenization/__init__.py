@@ -1,14 +1,13 @@
-"""The ``tokenize`` stage: tokenizer and token shards. ``TokenShards.open(folder)`` reads them."""
+"""The ``tokenize`` stage: tokenizer and token shards. ``components.corpus.shards`` reads them."""
 
 from __future__ import annotations
 
 from components.artifacts import StageContext
 from components.tokenization.config import TokenizeConfig
-from components.tokenization.shards import Shard, ShardError, TokenShards
 
 VERSION = 1
 
-__all__ = ["VERSION", "Shard", "ShardError", "TokenShards", "TokenizeConfig", "run"]
+__all__ = ["VERSION", "TokenizeConfig", "run"]
 
 
 def run(context: StageContext) -> dict[str, float]:

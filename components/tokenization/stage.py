@@ -15,14 +15,14 @@ from datatrove.data import Document  # type: ignore[import-untyped]
 from datatrove.pipeline.tokens import DocumentTokenizer  # type: ignore[import-untyped]
 from datatrove.utils.logging import logger  # type: ignore[import-untyped]
 from datatrove.utils.tokenization import PipelineStepWithTokenizer  # type: ignore[import-untyped]
-from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, write_json
+from components.artifacts import StageContext, StageError, parse_config, write_json
+from components.corpus.categories import CATEGORIES
+from components.corpus.shards import INDEX_NAME, TOKENIZER_FOLDER, TokenShards
 from components.sources import fetch
 from components.tokenization.config import TokenizeConfig
-from components.tokenization.shards import CATEGORIES, INDEX_NAME, TokenShards
 from components.tokenization.texts import SPLITS, Text, TextSources, share
 from components.tokenization.vocabulary import (
     END_OF_TEXT,
@@ -32,7 +32,6 @@ from components.tokenization.vocabulary import (
     train_tokenizer,
 )
 
-TOKENIZER_FOLDER = "tokenizer"
 SHARDS_FOLDER = "shards"
 _SAMPLE_CHARS = 20_000
 _ROUND_TRIPS = 100
@@ -45,10 +44,7 @@ def run(context: StageContext) -> dict[str, float]:
     Raises:
         StageError: a wrong config, damaged input, a tokenizer that loses text, a full disk.
     """
-    try:
-        config = TokenizeConfig.model_validate(dict(context.config))
-    except ValidationError as error:
-        raise StageError(f"the config of stage tokenize is wrong: {error}") from error
+    config = parse_config(TokenizeConfig, context)
     logger.remove()  # datatrove logs to stderr by default
     os.environ["RAYON_NUM_THREADS"] = str(config.workers)  # threads of the tokenizers library
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if config.workers > 1 else "false"

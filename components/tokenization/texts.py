@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from components.artifacts import StageError
-from components.tokenization.shards import CATEGORIES
+from components.corpus.categories import CATEGORIES
 from components.tokenization.vocabulary import CHATML_TEMPLATE
 
 SPLITS = ("train", "heldout")

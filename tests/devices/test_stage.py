@@ -17,13 +17,13 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from components.artifacts import StageContext, StageError
+from components.corpus.shards import TokenShards
 from components.devices import BenchmarkConfig, run
 from components.devices import stage as stage_module
 from components.devices.agreement import compare
 from components.devices.matrix import DeviceUnavailable, read_matrix
 from components.export.gguf_file import write_gguf
 from components.export.vocabulary import read_vocabulary
-from components.tokenization import TokenShards
 from model import OfficialCheckpoint, SmallThinkerConfig, SmallThinkerForCausalLM
 from tests.runtime_cpu.gguf_vocabulary import CORPUS, train
 

@@ -12,13 +12,14 @@ import torch
 from lm_eval.api.instance import Instance
 
 from components.artifacts import StageContext, StageError, write_json
-from components.evaluation import harness, run
+from components.evaluation import run
+from components.evaluation import stage as harness
 from components.evaluation.activations import HeldOutText, measure
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.language_model import SharedPrefixLM
+from components.evaluation.lm_eval_tasks import write_tasks
 from components.evaluation.sandbox import probe
 from components.evaluation.sets import EvalSet, write_sets
-from components.evaluation.tasks import write_tasks
 from tests.evaluation.tiny import save_tiny, tiny_model, tiny_tokenizer, write_shards
 
 TEXTS = {

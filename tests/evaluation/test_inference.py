@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.evaluation.inference import greedy_tokens, option_scores
-from components.evaluation.scoring import score_arithmetic, score_topic
+from components.measures.inference import greedy_tokens, option_scores
+from components.measures.scoring import score_arithmetic, score_topic
 from model import SmallThinkerForCausalLM
 from tests.evaluation.tiny import tiny_model, tiny_tokenizer
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from components.evaluation.activations import bootstrap_ratio
-from components.evaluation.scoring import Score, wilson_interval
+from components.measures.intervals import Score, wilson_interval
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import StageContext, StageError
-from components.evaluation import sets
-from components.evaluation.config import EvalSetsConfig
-from components.evaluation.scoring import rows_of
-from components.evaluation.templates import (
+from components.corpus.templates import (
     EVAL_SEED_START,
     TOPIC_TEXT_CHARS,
     TOPICS,
@@ -26,6 +23,9 @@ from components.evaluation.templates import (
     shorten,
     topic_messages,
 )
+from components.evaluation import sets
+from components.evaluation.config import EvalSetsConfig
+from components.measures.scoring import rows_of
 
 CONFIG = EvalSetsConfig(
     mmlu_questions=6, parables_zh_questions=4, topic_per_class=4, arithmetic_questions=20, gsm_questions=6,

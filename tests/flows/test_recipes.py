@@ -20,7 +20,7 @@ def test_every_recipe_has_a_part_for_every_stage_in_plain_json(name: str) -> Non
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_the_vocabulary_known_without_the_model_is_the_models(name: str) -> None:
-    from components.pretraining.trainer import model_config
+    from components.pretraining.architecture import model_config
 
     config = resolve(name).pretrain
     assert config.model.vocab_size == model_config(config).vocab_size

@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from components.artifacts import StageError
+from components.corpus.dialogues import DialogueEncoder
+from components.measures.task_suite import Gain, TaskScore, TaskSuite
 from components.merging import run
 from components.merging.config import MergeConfig
 from components.merging.sweep import Scored, checkpoint_folder, choose, utilities
-from components.posttraining.checkpoints import save_model
-from components.posttraining.dialogues import DialogueEncoder
-from components.posttraining.tasks import Gain, TaskScore, TaskSuite
+from components.weights.model_folders import save_model
 from model import SmallThinkerForCausalLM
 from tests.killing import kill_when
 from tests.posttraining.factory import Inputs, make_inputs, small_model

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from components.artifacts import StageError
-from components.posttraining.dialogues import DialogueEncoder, read_dialogues
+from components.corpus.dialogues import DialogueEncoder, read_dialogues
 from tests.posttraining.factory import make_tokenizer
 
 

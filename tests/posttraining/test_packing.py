@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
-from components.posttraining.dialogues import Encoded
+from components.corpus.dialogues import Encoded
 from components.posttraining.packing import IGNORED_LABEL, PackedRows, pack
 from tests.posttraining.factory import small_model
 

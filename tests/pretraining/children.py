@@ -60,8 +60,8 @@ def preload() -> None:
     import deepspeed  # type: ignore[import-untyped]  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
 
-    import components.pretraining.expert_parallel
-    import components.pretraining.trainer  # noqa: F401
+    import components.pretraining.deepspeed.expert_parallel
+    import components.pretraining.training.trainer  # noqa: F401
 
 
 if (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from components.pretraining.fake_cuda import load_fake_cuda
+from components.pretraining.dry_run.fake_cuda import load_fake_cuda
 
 load_fake_cuda()
 
@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
 import model.modeling as modeling  # noqa: E402
 from components.pretraining.config import PretrainConfig  # noqa: E402
-from components.pretraining.dry_run import dry_config, dry_run, parser  # noqa: E402
-from components.pretraining.step_ledger import StepLedger  # noqa: E402
+from components.pretraining.dry_run.dry_run import dry_config, dry_run, parser  # noqa: E402
+from components.pretraining.dry_run.step_ledger import StepLedger  # noqa: E402
 from model.attention import Attention  # noqa: E402
 from model.experts import Router  # noqa: E402
 

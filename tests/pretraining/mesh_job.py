@@ -15,23 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from components.pretraining.batches import MicroBatch, document_ids
-from components.pretraining.building import initial_model
+from components.pretraining.architecture import model_config
 from components.pretraining.config import ModelPart, PretrainConfig
-from components.pretraining.engine import (
-    Ranks,
-    build_engine,
-    join_processes,
-    load_engine,
-    parameter_groups,
-    save_engine,
-)
-from components.pretraining.head_loss import token_losses
-from components.pretraining.master_weights import MasterWeights, export_model
-from components.pretraining.mesh import Mesh, official_parameter
-from components.pretraining.telemetry import Layout, RouterEntropy, StepMeter
-from components.pretraining.trainer import model_config
+from components.pretraining.data.batches import MicroBatch
+from components.pretraining.deepspeed.engine import build_engine, load_engine, save_engine
+from components.pretraining.deepspeed.initial_model import initial_model
+from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
+from components.pretraining.deepspeed.parameter_names import official_parameter
+from components.pretraining.processes.ranks import Ranks, join_processes
+from components.pretraining.training.head_loss import token_losses
+from components.pretraining.training.telemetry import Layout, RouterEntropy, StepMeter
+from components.weights.optimizer import parameter_groups
 from model import LoadBalance, SmallThinkerConfig, SmallThinkerForCausalLM
+from model.masks import document_ids
 from tests.pretraining.factory import MODEL, run_config
 
 EXPERTS, CONTEXT, MICRO, VOCABULARY, EOS = 8, 16, 1, 96, 0
@@ -204,7 +200,7 @@ def _joined(engine: Any, read: Any) -> dict[str, Tensor]:
 
 def _engine(case: Case, ranks: Ranks) -> tuple[Any, PretrainConfig]:
     config = config_of(case)
-    model = initial_model(config, model_config(config), ranks.device, ranks.dtype, ranks.mesh(config))
+    model = initial_model(config, model_config(config), ranks)
     if case.routing == "skewed":
         skew(model)
     return build_engine(model, config, ranks), config
@@ -262,12 +258,12 @@ def export_memory(case: Case, folder: Path, max_shard_bytes: int) -> None:
     config = config_of(case)
     config = config.model_copy(update={"model": ModelPart(overrides={**config.model.overrides, **WIDE})})
     architecture, ranks = model_config(config), join_processes(config)
-    model = initial_model(config, architecture, ranks.device, ranks.dtype, ranks.mesh(config))
+    model = initial_model(config, architecture, ranks)
     engine = build_engine(model, config, ranks)
     gc.collect()
     before = _status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    weights = MasterWeights(engine, ranks, ranks.mesh(config), ranks.dtype)
+    weights = MasterWeights(engine, ranks, ranks.dtype)
     if ranks.is_first:
         export_model(weights, architecture, ranks.dtype, folder / "model", max_shard_bytes)
     else:
@@ -282,7 +278,7 @@ def _exported_files(
 ) -> dict[str, bool]:
     """Export by streaming, and save a whole model of the same weights: by file, whether the bytes are the same."""
     dtype = getattr(torch, folder.name.removeprefix("torch."))
-    weights = MasterWeights(engine, ranks, ranks.mesh(config), dtype)
+    weights = MasterWeights(engine, ranks, dtype)
     architecture = model_config(config)
     if not ranks.is_first:
         weights.take_part(architecture)
@@ -309,9 +305,9 @@ def build(answer: Path) -> None:
     for size in (1, 2, 4):
         parts: dict[str, list[Tensor]] = {}
         for rank in range(size):
-            mesh = Mesh(rank + 4 - size, 4, size)
-            model = initial_model(config, architecture, mesh=mesh)
-            low = initial_model(config, architecture, dtype=torch.bfloat16, mesh=mesh)
+            place = Ranks(rank + 4 - size, 4, expert_parallel=size)
+            model = initial_model(config, architecture, place)
+            low = initial_model(config, architecture, replace(place, precision="bf16"))
             assert all(type(p) is torch.nn.Parameter and p.requires_grad for p in model.parameters())
             for (name, parameter), rounded in zip(model.named_parameters(), low.parameters(), strict=True):
                 built["bf16 is fp32 rounded"].append(torch.equal(parameter.to(torch.bfloat16), rounded))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from components.pretraining.config import PretrainConfig
+from components.pretraining.processes.ranks import Ranks
 from tests.pretraining.children import Children
 from tests.pretraining.factory import CONTEXT, run_config, stage_config
 from tests.pretraining.test_dropping import build
@@ -35,11 +36,11 @@ def accumulate(values: dict[str, Any], place: Path) -> None:
 
 def gradient_of_one(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """The mean of equal gradients is one of them: forward and backward in bf16, plain torch."""
-    from components.pretraining.building import initial_model
-    from components.pretraining.trainer import model_config
+    from components.pretraining.architecture import model_config
+    from components.pretraining.deepspeed.initial_model import initial_model
     from model import LoadBalance
 
-    model = initial_model(config, model_config(config), dtype=torch.bfloat16)
+    model = initial_model(config, model_config(config), Ranks(precision="bf16"))
     model.balance = LoadBalance()
     model.train()(input_ids=ROWS_BT, labels=ROWS_BT, use_cache=False).loss.backward()
     return {name: parameter.grad.float() for name, parameter in model.named_parameters()}

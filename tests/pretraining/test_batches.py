@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
-from components.pretraining.batches import document_ids, held_out_windows
-from components.pretraining.building import initial_model
-from components.pretraining.config import EvaluationPart, PretrainConfig
-from components.pretraining.engine import Ranks
-from components.pretraining.heldout import HeldOut, token_bytes
-from components.pretraining.trainer import model_config
-from components.tokenization import TokenShards
+from components.corpus.shards import TokenShards
+from components.measures.heldout import HeldOut, held_out_windows, token_bytes
+from components.pretraining.architecture import model_config
+from components.pretraining.config import PretrainConfig
+from components.pretraining.deepspeed.initial_model import initial_model
+from model.masks import document_ids
 from tests.pretraining.factory import HELD_OUT_DOCUMENTS, VOCABULARY, run_config, texts
 
 EOS = 9
-CPU = Ranks(0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 @given(st.lists(st.lists(st.sampled_from([1, 2, EOS]), min_size=7, max_size=7), min_size=1, max_size=3))
@@ -67,8 +66,7 @@ def test_bits_per_byte_equal_the_formula(tokens: Path) -> None:
     shards = TokenShards.open(tokens)
     config = PretrainConfig.model_validate(run_config())
     model = initial_model(config, model_config(config, shards)).eval()
-    part = EvaluationPart(tokens_per_category=100_000, sequences_per_batch=2)
-    heldout = HeldOut.open(shards, tokens / "tokenizer" / "tokenizer.json", part)
+    heldout = HeldOut.open(shards, tokens / "tokenizer" / "tokenizer.json", 100_000, 2)
     assert set(heldout.streams) == set(shards.categories("heldout")) and "code" not in heldout.streams
     scores = heldout.evaluate(model, 1024, CPU)
     assert scores is not None
@@ -97,12 +95,7 @@ def test_batching_does_not_change_the_scores(tokens: Path) -> None:
     config = PretrainConfig.model_validate(run_config())
     model = initial_model(config, model_config(config, shards))
     file = tokens / "tokenizer" / "tokenizer.json"
-    scores = [
-        HeldOut.open(shards, file, EvaluationPart(tokens_per_category=90, sequences_per_batch=size)).evaluate(
-            model, 16, CPU
-        )
-        for size in (1, 5)
-    ]
+    scores = [HeldOut.open(shards, file, 90, size).evaluate(model, 16, CPU) for size in (1, 5)]
     assert scores[0] is not None and scores[1] is not None
     assert scores[0].bits_per_byte == pytest.approx(scores[1].bits_per_byte, rel=1e-5)
     assert scores[0].tokens == 90 * 4 and model.training
@@ -112,4 +105,4 @@ def test_no_held_out_text_is_named(tokens: Path) -> None:
     shards = TokenShards.open(tokens)
     del shards.shards["heldout"]
     with pytest.raises(StageError, match="no text in split heldout"):
-        HeldOut.open(shards, tokens / "tokenizer" / "tokenizer.json", EvaluationPart())
+        HeldOut.open(shards, tokens / "tokenizer" / "tokenizer.json", 10_000)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from components.pretraining.benchmark import benchmark_config, table
-from components.pretraining.presets import PRESETS
-from components.pretraining.profiling import PARTS
+from components.pretraining.presets import PRESETS, benchmark_config
+from components.pretraining.studies.benchmark import table
+from components.pretraining.training.step_parts import PARTS
 from tests.pretraining.children import Children
 
 
@@ -21,7 +21,7 @@ def small() -> Any:
 
 def measure_small(answer: Path) -> None:
     """In a process of its own: what both loops lose at the first steps, and one measurement."""
-    from components.pretraining.benchmark import Ours, PlainLoop, measure
+    from components.pretraining.studies.benchmark import Ours, PlainLoop, measure
 
     config = small()
     ours = Ours(config)
@@ -60,7 +60,7 @@ def test_every_recipe_can_be_cut_down(preset: str) -> None:
 def test_forced_routing_is_balanced() -> None:
     import torch
 
-    from components.pretraining.benchmark import _balanced
+    from components.pretraining.studies.benchmark import _balanced
     from model.experts import Routing
 
     logits_TE = torch.randn(24, 8)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.pretraining.bigram import BigramModel, discounts
+from components.measures.bigram import BigramModel, discounts
 
 VOCABULARY = 9
 STREAMS = st.lists(st.lists(st.integers(0, VOCABULARY - 2), max_size=60), min_size=1, max_size=3).filter(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from components.pretraining.checkpoints import CheckpointStore
+from components.weights.checkpoint_store import CheckpointStore
 from tests.pretraining.children import Child, Children
 from tests.pretraining.conftest import Finished
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.pretraining.checkpoints import CHECKSUMS_NAME, CheckpointError, CheckpointStore, verify
+from components.weights.checkpoint_store import CHECKSUMS_NAME, CheckpointError, CheckpointStore, verify
 
 CONTENT = {"weights.pt": b"w" * 300, "nested/optimizer.pt": bytes(range(256)), "empty": b""}
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from components.artifacts import StageError
+from components.corpus.shards import TokenShards
+from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
 from components.pretraining.presets import PRESETS
 from components.pretraining.stage import parse_config
-from components.pretraining.trainer import model_config
-from components.tokenization import TokenShards
 from tests.pretraining.factory import (
     BATCH,
     CONTEXT,

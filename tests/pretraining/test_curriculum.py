@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.pretraining.config import PretrainConfig
-from components.pretraining.curriculum import Curriculum
+from components.pretraining.data.curriculum import Curriculum
 from components.pretraining.presets import PRESETS
 from tests.pretraining.factory import run_config, stage_config
 

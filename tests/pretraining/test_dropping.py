@@ -11,18 +11,19 @@ import torch
 import torch.distributed as dist
 
 from components.pretraining.config import PretrainConfig
-from components.pretraining.mesh import accumulation_steps
+from components.pretraining.data.accumulation import accumulation_steps
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, run_config
 
 
 def build(config: PretrainConfig) -> tuple[Any, Any]:
-    from components.pretraining.building import initial_model
-    from components.pretraining.engine import build_engine, join_processes
-    from components.pretraining.trainer import model_config
+    from components.pretraining.architecture import model_config
+    from components.pretraining.deepspeed.engine import build_engine
+    from components.pretraining.deepspeed.initial_model import initial_model
+    from components.pretraining.processes.ranks import join_processes
 
     ranks = join_processes(config)
-    model = initial_model(config, model_config(config), ranks.device, ranks.dtype, ranks.mesh(config))
+    model = initial_model(config, model_config(config), ranks)
     return build_engine(model, config, ranks), ranks
 
 
@@ -57,7 +58,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def drop_and_go_on(values: dict[str, Any]) -> None:
-    from components.pretraining.guard import averaged_grad_norm, drop_step
+    from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_step
 
     config = PretrainConfig.model_validate(values)
     engine, ranks = build(config)

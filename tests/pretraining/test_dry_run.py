@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import fx
 
-from components.pretraining.flops import layer_parameters
-from components.pretraining.fused_regions import written_nodes
+from components.pretraining.architecture import model_config
+from components.pretraining.dry_run.fused_regions import written_nodes
+from components.pretraining.dry_run.step_ledger import extent_bytes, operator_bytes, operator_flops
 from components.pretraining.presets import PRESETS
-from components.pretraining.step_ledger import extent_bytes, operator_bytes, operator_flops
-from components.pretraining.trainer import model_config
+from model.accounting import layer_parameters
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from components.artifacts import StageError
-from components.pretraining.mesh import Mesh, official_parameter
-from components.pretraining.trainer import model_config
+from components.pretraining.architecture import model_config
+from components.pretraining.deepspeed.parameter_names import official_parameter
+from components.pretraining.processes.ranks import Ranks
 from tests.pretraining.children import Children
 from tests.pretraining.mesh_job import (
     EXPERTS,
@@ -201,18 +202,27 @@ def test_building(tmp_path: Path, children: Children) -> None:
 @pytest.mark.parametrize(
     ("mesh", "words"),
     [
-        (Mesh(0, 6, 4), "expert_parallel is 4; it must divide the number of processes, which is 6"),
-        (Mesh(0, 6, 3), "it must divide the number of experts, which is 8, so it can be 1, 2, 4, 8."),
+        (
+            Ranks(0, 6, expert_parallel=4),
+            "expert_parallel is 4; it must divide the number of processes, which is 6",
+        ),
+        (
+            Ranks(0, 6, expert_parallel=3),
+            "it must divide the number of experts, which is 8, so it can be 1, 2, 4, 8.",
+        ),
     ],
 )
-def test_meshes_that_cannot_be(mesh: Mesh, words: str) -> None:
+def test_meshes_that_cannot_be(ranks: Ranks, words: str) -> None:
     with pytest.raises(StageError, match=words):
-        mesh.check(8)
+        ranks.check_experts(8)
 
 
 def test_every_expert_is_in_one_place_of_a_group() -> None:
     for rank in range(8):
-        assert list(Mesh(rank, 8, 4).local_experts(8)) == [2 * (rank % 4), 2 * (rank % 4) + 1]
+        assert list(Ranks(rank, 8, expert_parallel=4).local_experts(8)) == [
+            2 * (rank % 4),
+            2 * (rank % 4) + 1,
+        ]
     assert official_parameter("a.experts.experts.w1") == "a.experts.gate_up_proj"
     assert official_parameter("a.experts.experts.w2") == "a.experts.down_proj"
     assert official_parameter("a.experts.experts.w3") is None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from components.artifacts import StageError
-from components.pretraining.guard import SKIPPED_NAME, LossGuard
+from components.pretraining.training.guard import SKIPPED_NAME, LossGuard
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, run_config, stage_config
 from tests.pretraining.test_training import lines, logged, saved

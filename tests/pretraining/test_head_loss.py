@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.pretraining.head_loss import (
+from components.pretraining.training.head_loss import (
     _as_one_kernel,
     _losses_and_gradient,
     fused_token_losses,

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from components.artifacts import StageError
-from components.pretraining.building import initial_model
+from components.measures.positions import compare, document_beginnings, measure, nats_by_position
+from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
-from components.pretraining.long_context import compare, document_beginnings, measure, nats_by_position
-from components.pretraining.trainer import model_config
+from components.pretraining.deepspeed.initial_model import initial_model
 from tests.pretraining.factory import CONTEXT, run_config
 
 EOS = 0

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
-from components.pretraining.batches import BatchSource
-from components.pretraining.config import CATEGORIES, PretrainConfig
-from components.pretraining.curriculum import Curriculum
-from components.pretraining.mesh import accumulation_steps
-from components.pretraining.ordering import SequenceOrder, effective_mixture, permute, philox
-from components.tokenization import TokenShards
+from components.corpus.categories import CATEGORIES
+from components.corpus.shards import TokenShards
+from components.pretraining.config import PretrainConfig
+from components.pretraining.data.accumulation import accumulation_steps
+from components.pretraining.data.batches import BatchSource
+from components.pretraining.data.curriculum import Curriculum
+from components.pretraining.data.ordering import SequenceOrder, effective_mixture, permute, philox
 from tests.pretraining.factory import CONTEXT, run_config, stage_config
 
 AVAILABLE = {"general": 1000, "maths": 333, "code": 64, "web_stem": 40, "chinese": 17, "sft": 129}

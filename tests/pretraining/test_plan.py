@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from components.pretraining import plan as planning
-from components.pretraining.building import initial_model
+from components.pretraining.architecture import model_config
 from components.pretraining.config import HardwarePart, PretrainConfig
+from components.pretraining.deepspeed.initial_model import initial_model
 from components.pretraining.plan import describe, memory_by_part, plan, preflight
 from components.pretraining.presets import (
     pretrain_config_4b,
     pretrain_config_21b,
     pretrain_config_smoke,
 )
-from components.pretraining.trainer import model_config
 from tests.pretraining.factory import run_config
 
 
@@ -95,18 +95,18 @@ def test_experts_are_shared_and_all_else_is_not() -> None:
     dense = sum(sizes.values()) - experts
     processes, shared = 8, 4
     parallel = config.model_copy(update={"expert_parallel": shared})
-    found = memory_by_part(architecture, parallel, dense + experts, processes)
+    found = memory_by_part(architecture, parallel, processes)
     assert found["weights"] == found["gradients"] == 2 * (dense + experts / shared)
     # The experts' state is partitioned over the two processes that hold the same ones, the rest over all eight.
     assert found["master weights and moments"] == 12 * (dense / 8 + experts / shared / 2)
-    alone = memory_by_part(architecture, config, dense + experts, processes)
+    alone = memory_by_part(architecture, config, processes)
     assert alone["weights"] == 2 * (dense + experts) and "all-to-all buffers" not in alone
     assert found["all-to-all buffers"] > 0 and found["activations"] > alone["activations"]
     partitioned = parallel.model_copy(update={"zero_stage": 2})
     # Its part in fp32 and the largest tensor's on its way there, and two buckets in bf16.
     part = dense / 8 + experts / shared / 2
     largest = min(part, sizes["model.embed_tokens.weight"])
-    assert memory_by_part(architecture, partitioned, dense + experts, processes)["gradients"] == (
+    assert memory_by_part(architecture, partitioned, processes)["gradients"] == (
         4 * (part + largest) + 2 * 2 * (dense + experts / shared)
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from components.pretraining.building import initial_model
+from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
-from components.pretraining.profiling import PARTS, StepProfile, part
-from components.pretraining.trainer import model_config
+from components.pretraining.deepspeed.initial_model import initial_model
+from components.pretraining.studies.profiling import StepProfile
+from components.pretraining.training.step_parts import PARTS, part
 from tests.pretraining.factory import CONTEXT, run_config
 
 

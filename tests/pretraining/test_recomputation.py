@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
-from components.pretraining.engine import Ranks, prepare_model
-from components.pretraining.trainer import model_config
+from components.pretraining.deepspeed.engine import prepare_model
+from components.pretraining.processes.ranks import Ranks
 from model import SmallThinkerForCausalLM
 from tests.pretraining.factory import CONTEXT, MODEL, VOCABULARY, run_config
 

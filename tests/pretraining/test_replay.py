@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from components.artifacts import StageError
-from components.pretraining.replay import Replay, main
+from components.pretraining.studies.replay import Replay, main
 from tests.pretraining.children import Children
 from tests.pretraining.conftest import Finished
 from tests.pretraining.factory import BATCH, run_config

@@ -92,18 +92,17 @@ def assert_same_state(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def link(values: dict[str, Any], place: Path, first: int) -> None:
     """One mesh of a chain: take over the newest checkpoint, say what arrived, train three steps, save."""
-    from components.pretraining.agreement import Agreement
-    from components.pretraining.checkpoints import CheckpointStore
-    from components.pretraining.engine import load_engine
-    from components.pretraining.resharding import Division, load_universal, universal
-    from components.pretraining.saving import Saver, find_newest
+    from components.pretraining.checkpoints.resharding import load_universal, universal
+    from components.pretraining.checkpoints.saving import Saver, find_newest
+    from components.pretraining.deepspeed.engine import load_engine
+    from components.pretraining.processes.collectives import Collectives
+    from components.weights.checkpoint_store import CheckpointStore
 
     config = PretrainConfig.model_validate(values)
     engine, ranks = build(config)
     store = CheckpointStore(place / "checkpoints", 10)
-    agreement = Agreement(ranks)
-    division = Division.of(config, ranks)
-    checkpoint, complaints = find_newest(store, None, ranks, agreement)
+    collectives = Collectives(ranks)
+    checkpoint, complaints = find_newest(store, None, ranks, collectives)
     assert complaints == []
 
     def dump(name: str) -> None:
@@ -114,20 +113,20 @@ def link(values: dict[str, Any], place: Path, first: int) -> None:
 
     if first:
         assert checkpoint is not None and checkpoint.step == first
-        if Division.from_json(checkpoint.mesh) == division:
+        if checkpoint.mesh == ranks.division():
             state = load_engine(engine, checkpoint.path)
         else:
-            state = load_universal(engine, universal(store, checkpoint, ranks, agreement))
+            state = load_universal(engine, universal(store, checkpoint, ranks, collectives))
         assert state == {"mark": first} and engine.global_steps == first
         dump(f"arrived-{first}")
     for step in range(first, first + 3):
         backward(engine, config, ranks, step)
         engine.step()
-    saver = Saver(store, ranks, division.to_json(), in_background=True)
+    saver = Saver(store, ranks, ranks.division(), in_background=True)
     saver.save(engine, first + 3, {"mark": first + 3})
     saver.wait()
     dump(f"left-{first + 3}")
-    agreement.meet()
+    collectives.barrier()
     os._exit(0)
 
 
@@ -201,7 +200,7 @@ def test_a_damaged_universal_form_is_made_again(tmp_path: Path, children: Childr
 def train_part(request: Path, log: Path, stop_at: int) -> None:
     """A rank of a run that writes down every row it trains on, and is told to stop at a step."""
     from components.pretraining import worker
-    from components.pretraining.batches import BatchSource
+    from components.pretraining.data.batches import BatchSource
 
     original = BatchSource.rank_groups
     rank = int(os.environ["RANK"])

@@ -15,11 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
-from components.pretraining import saving
-from components.pretraining.checkpoints import CHECKSUMS_NAME, CheckpointError, CheckpointStore, deal, verify
+from components.pretraining.checkpoints.saving import Saver
 from components.pretraining.config import PretrainConfig
-from components.pretraining.engine import Ranks
-from components.pretraining.saving import Saver
+from components.pretraining.processes.ranks import Ranks
+from components.weights.checkpoint_store import (
+    CHECKSUMS_NAME,
+    CheckpointError,
+    CheckpointStore,
+    saving,
+    split_by_size,
+    verify,
+)
 from tests.pretraining.children import Children
 from tests.pretraining.factory import run_config
 from tests.pretraining.test_dropping import backward, build
@@ -28,7 +34,7 @@ from tests.pretraining.test_training import flip
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 1000)), st.integers(1, 6))
 def test_files_are_dealt_once_and_evenly(sizes: dict[str, int], shares: int) -> None:
-    hands = deal(sizes, shares)
+    hands = split_by_size(sizes, shares)
     assert len(hands) == shares and sorted(name for hand in hands for name in hand) == sorted(sizes)
     loads = [sum(sizes[name] for name in hand) for hand in hands]
     assert max(loads) - min(loads) <= max(sizes.values(), default=0)
@@ -132,14 +138,14 @@ def test_a_file_that_vanishes_while_sealing_is_no_checkpoint(tmp_path: Path, mon
 
 def share_work(values: dict[str, Any], place: Path) -> None:
     """Two ranks save; each writes down what it checksummed, then one fails, then a damaged file is looked for."""
-    from components.pretraining.agreement import Agreement
+    from components.pretraining.processes.collectives import Collectives
 
     config = PretrainConfig.model_validate(values)
     engine, ranks = build(config)
     backward(engine, config, ranks, 0)
     engine.step()
     store = CheckpointStore(place / "checkpoints", 5)
-    agreement = Agreement(ranks)
+    collectives = Collectives(ranks)
     own = Saver(store, ranks, {"processes": 2}, in_background=True)
     original, seen = saving.checksum, []
 
@@ -168,15 +174,15 @@ def share_work(values: dict[str, Any], place: Path) -> None:
         assert ranks.rank == 0 and "The checkpoint of step 3 could not be sealed: " in str(error)
     else:
         raise AssertionError("nobody noticed")
-    agreement.meet()
+    collectives.barrier()
     assert store.steps() == [1, 2]
     if ranks.is_first:
         flip(max((store.path(2)).glob("*zero_pp_rank_0*")))
-    agreement.meet()
-    found, complaints = saving.find_newest(store, None, ranks, agreement)
+    collectives.barrier()
+    found, complaints = saving.find_newest(store, None, ranks, collectives)
     assert found is not None and found.step == 1 and found.mesh == {"processes": 2}
     assert len(complaints) == 1 and "zero_pp_rank_0" in complaints[0]
-    agreement.meet()
+    collectives.barrier()
     os._exit(0)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.pretraining.specialisation import (
+from components.pretraining.studies.specialisation import (
     VARIANTS,
     draw,
     mutual_information_bits,

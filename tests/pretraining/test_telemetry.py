@@ -8,14 +8,10 @@ from typing import Any
 
 import torch
 
-from components.pretraining.batches import MicroBatch
-from components.pretraining.engine import Ranks
-from components.pretraining.progress import RunRecord, align_metrics
-from components.pretraining.telemetry import (
-    Interval,
-    Layout,
-    StepMeter,
-)
+from components.pretraining.checkpoints.progress import RunRecord, align_metrics
+from components.pretraining.data.batches import MicroBatch
+from components.pretraining.processes.ranks import Ranks
+from components.pretraining.training.telemetry import Interval, Layout, StepMeter
 from model.modeling import CausalLMOutput, RouterStats
 
 

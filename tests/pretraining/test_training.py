@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from components.pretraining.config import EvaluationPart
-from components.pretraining.engine import Ranks
-from components.pretraining.heldout import HeldOut
-from components.tokenization import TokenShards
+from components.corpus.shards import TokenShards
+from components.measures.heldout import HeldOut
 from model import SmallThinkerForCausalLM
 from tests.pretraining.children import Children
 from tests.pretraining.conftest import Finished
@@ -115,9 +113,12 @@ def test_an_exported_model_has_the_bits_per_byte_that_were_measured(
 ) -> None:
     """Only so when the stage was evaluated at the RoPE base that its file states, with the exported weights."""
     model = SmallThinkerForCausalLM.from_pretrained(whole.out / stage)
-    part = EvaluationPart.model_validate(run_config()["evaluation"])
-    heldout = HeldOut.open(TokenShards.open(tokens), whole.out / stage / "tokenizer.json", part)
-    scores = heldout.evaluate(model, context, Ranks(0, 1, torch.device("cpu")))
+    heldout = HeldOut.open(
+        TokenShards.open(tokens),
+        whole.out / stage / "tokenizer.json",
+        run_config()["evaluation"]["tokens_per_category"],
+    )
+    scores = heldout.evaluate(model, context, torch.device("cpu"))
     assert scores is not None
     stated = json.loads((whole.out / "heldout.json").read_text())[stage]
     assert scores.bits_per_byte == pytest.approx(stated, rel=1e-6)

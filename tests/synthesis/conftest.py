@@ -21,8 +21,8 @@ from components.curation.quality import train_reliably
 from components.sources.cache import STAMP_NAME, _declaration
 from components.sources.catalogue import load_catalogue
 from components.synthesis import SynthesizeConfig
-from components.synthesis.filters import AnswerFilter
-from components.synthesis.server import free_port
+from components.synthesis.filters.answers import AnswerFilter
+from components.synthesis.teacher.server import free_port
 
 WORDS = """
     river mountain harvest village copper harbour winter market bridge lantern garden teacher engine wheat orchard

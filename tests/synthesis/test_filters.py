@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components.synthesis import SynthesizeConfig
-from components.synthesis.consistency import compare, equations, same_problem
-from components.synthesis.duplicates import NearDuplicates, signature
-from components.synthesis.filters import AnswerFilter, degenerates
+from components.synthesis.filters.answers import AnswerFilter, degenerates
+from components.synthesis.filters.consistency import compare, equations, same_problem
+from components.synthesis.filters.duplicates import NearDuplicates, signature
 from components.synthesis.items import repeats_prompt
 from components.synthesis.prompts import pairs
 from components.synthesis.texts import ngrams

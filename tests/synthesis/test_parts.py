@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from components.artifacts import StageError
-from components.evaluation.templates import EVAL_SEED_START, is_reserved, topic_messages
+from components.corpus.templates import EVAL_SEED_START, is_reserved, topic_messages
 from components.synthesis import SynthesizeConfig
 from components.synthesis.config import TaskConfig
-from components.synthesis.ledger import Answer, Ledger, digest_of
 from components.synthesis.personas import read_collection
 from components.synthesis.plan import choose, interleave, plan
 from components.synthesis.prompts import JUDGE_SCHEMA, judge, pairs, read_score, rewrite
-from components.synthesis.tasks import task_rows, title_of
+from components.synthesis.task_rows import task_rows, title_of
+from components.synthesis.teacher.ledger import Answer, Ledger, digest_of
 
 
 @pytest.mark.parametrize(

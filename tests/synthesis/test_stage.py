@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from components.artifacts import StageContext, StageError
-from components.evaluation.templates import TOPICS, is_reserved
+from components.corpus.templates import TOPICS, is_reserved
 from components.synthesis import run
 
 from .conftest import TestTeacher

@@ -9,7 +9,7 @@ from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components.tokenization import ShardError, TokenShards
+from components.corpus.shards import ShardError, TokenShards
 
 EOS = 60
 

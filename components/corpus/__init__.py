@@ -1,0 +1,1 @@
+"""What the project's text is, for every stage: categories, languages, item templates, overlap, shards, dialogues."""

@@ -1,0 +1,127 @@
+"""Training batches from memory-mapped shards: ``BatchSource(...).rank_groups(step, rank, world)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from components.corpus.categories import CATEGORIES
+from components.pretraining.config import PretrainConfig
+from components.pretraining.data.accumulation import accumulation_steps
+from components.pretraining.data.curriculum import Curriculum
+from components.pretraining.data.ordering import SequenceOrder, Sequences, effective_mixture
+from model.masks import document_ids
+
+
+class TokenStream(Protocol):
+    """The tokens of one category, wherever they lie; ``components.tokenization.Shard`` is one."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.uint16] | npt.NDArray[np.uint32]:
+        """Tokens ``[start, start + count)``."""
+        ...
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass's input.
+
+    Attributes:
+        input_ids_BT: int64.
+        document_ids_BT: int64; number of the packed document that each position belongs to, counted per row.
+            ``<|endoftext|>`` opens a document here: as a *target* it closes the previous document, as an *input* it
+            is the first position of the next, so that first words are learned and nothing is left out of the loss.
+        labels_BT: ``input_ids`` again (the model shifts).
+        category_B: index into ``CATEGORIES`` of every row.
+    """
+
+    input_ids_BT: torch.Tensor
+    document_ids_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    category_B: torch.Tensor
+
+
+class BatchSource:
+    """Batches as a pure function of (config, shards, step).
+
+    Args:
+        config: the stage's config.
+        streams: the training split's tokens by category.
+        eos_id: id of ``<|endoftext|>``.
+
+    Raises:
+        StageError: a mixture wants what the shards do not hold.
+    """
+
+    def __init__(self, config: PretrainConfig, streams: Mapping[str, TokenStream], eos_id: int) -> None:
+        self._config = config
+        self._streams = dict(streams)
+        self._eos_id = eos_id
+        self.curriculum = Curriculum(config)
+        available = {name: len(stream) for name, stream in streams.items()}
+        self.absent: dict[str, list[str]] = {}
+        mixtures = []
+        for span in self.curriculum.spans:
+            mixture, absent = effective_mixture(span, available, config.absent_category)
+            mixtures.append(mixture)
+            if absent:
+                self.absent[span.name] = absent
+        self.mixtures = tuple(mixtures)
+        self.order = SequenceOrder(config.seed, self.curriculum, self.mixtures, available)
+
+    def sequences(self, step: int) -> Sequences:
+        """What step ``step`` trains on, in the order in which rows are dealt to groups and ranks."""
+        sequences = self.order.step(step)
+        if self._config.load_balance_domains == "mixed":
+            return sequences
+        by_category = np.argsort(sequences.category_B, kind="stable")
+        return Sequences(sequences.category_B[by_category], sequences.start_B[by_category])
+
+    def read(self, sequences: Sequences, context: int) -> torch.Tensor:
+        """The tokens of ``sequences``: int64 ``[B, context]``."""
+        rows = np.empty((len(sequences.start_B), context), dtype=np.int64)
+        for row, category, start in zip(rows, sequences.category_B, sequences.start_B, strict=True):
+            row[:] = self._streams[CATEGORIES[category]].read(int(start), context)
+        return torch.from_numpy(rows)
+
+    def rank_groups(self, step: int, rank: int, world: int) -> list[list[MicroBatch]]:
+        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group.
+
+        The global batch is cut into ``load_balance_groups`` equal runs of rows. With more ranks than groups,
+        ``world / groups`` neighbouring ranks share one; with fewer, a rank takes several, one after the other. Within
+        a group, micro-step a of its n-th of R ranks takes rows ``[(a * R + n) * m, … + m)``, m being the micro-batch.
+        """
+        span = self.curriculum.at(step)
+        micro = self._config.micro_batch(span.index)
+        sequences = self.sequences(step)
+        per_rank = accumulation_steps(self._config, span.index, world)
+        groups = self._config.load_balance_groups
+        sharing, taken = max(1, world // groups), max(1, groups // world)
+        first_group, place = (rank // sharing, rank % sharing) if taken == 1 else (rank * taken, 0)
+        rows = span.spec.sequences_per_step // groups
+        result = []
+        for group in range(first_group, first_group + taken):
+            starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
+            result.append(
+                [
+                    self._micro_batch(sequences, slice(start, start + micro), span.spec.context)
+                    for start in starts
+                ]
+            )
+        return result
+
+    def _micro_batch(self, sequences: Sequences, rows: slice, context: int) -> MicroBatch:
+        part = Sequences(sequences.category_B[rows], sequences.start_B[rows])
+        input_ids_BT = self.read(part, context)
+        return MicroBatch(
+            input_ids_BT=input_ids_BT,
+            document_ids_BT=document_ids(input_ids_BT, self._eos_id),
+            labels_BT=input_ids_BT,
+            category_B=torch.from_numpy(part.category_B),
+        )

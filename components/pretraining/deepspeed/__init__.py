@@ -1,0 +1,1 @@
+"""All that knows DeepSpeed: engine, experts spread over ranks, master weights, dropped steps."""

@@ -1,0 +1,165 @@
+"""The DeepSpeed engine around the model: ``engine = build_engine(model, config, ranks)``.
+
+DeepSpeed 0.19.8. The optimizer is torch's own fused AdamW handed over by us, so that no DeepSpeed operator has to be
+compiled at run time; ZeRO then partitions its state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from components.artifacts import StageError
+from components.pretraining.config import OptimizerPart, PretrainConfig
+from components.pretraining.data.accumulation import accumulation_steps
+from components.pretraining.processes.ranks import Ranks
+from components.weights.optimizer import parameter_groups
+
+if TYPE_CHECKING:
+    from model import SmallThinkerForCausalLM
+
+
+_UNIVERSAL = {"universal_checkpoint_version": 0.4}
+
+
+def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's own config for ``world`` processes at the first stage.
+
+    Gradients of micro-steps are summed in fp32, but for bf16 with ZeRO-1: there the setting makes DeepSpeed 0.19.8 take
+    another optimizer class, whose checkpoints, norms and dropped steps are not those that this package knows.
+    """
+    micro = config.micro_batch(0)
+    sums = {"grad_accum_dtype": "fp32"} if config.zero_stage >= 2 or precision == "fp32" else {}
+    return {
+        "train_batch_size": config.stages[0].sequences_per_step,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation_steps(config, 0, world),
+        "gradient_clipping": config.optimizer.clip_norm,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": sums,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": world > 1 and config.device == "cuda",
+            "contiguous_gradients": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+def build_optimizer(model: torch.nn.Module, part: OptimizerPart) -> torch.optim.AdamW:
+    """torch's fused AdamW over :func:`parameter_groups`."""
+    return torch.optim.AdamW(
+        parameter_groups(model, part.weight_decay),
+        lr=part.peak_lr,
+        betas=(part.beta1, part.beta2),
+        eps=part.eps,
+        fused=True,
+    )
+
+
+def _quieten() -> None:
+    """DeepSpeed reports each step of its set-up at INFO; keep what concerns the user."""
+    from deepspeed.utils import logger  # type: ignore[import-untyped]
+
+    logger.setLevel(logging.WARNING)
+
+
+def compile_layers(model: SmallThinkerForCausalLM) -> None:
+    """Compile attention and norms of every layer in place: all have the same shapes, so each compiles once."""
+    from model.compiling import compile_module
+
+    for layer in model.model.layers:
+        for name in ("input_layernorm", "self_attn", "post_attention_layernorm"):
+            compile_module(layer.get_submodule(name))
+
+
+def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> None:
+    """Give the model its load-balance group, recomputation and compiled layers, as ``config`` asks."""
+    from model import LoadBalance
+
+    model.balance = LoadBalance(_balance_group(config, ranks))
+    if config.activation_checkpointing:
+        # Nothing in a layer is random, so no generator's state has to be kept for the recomputation.
+        keep = {"use_reentrant": False, "preserve_rng_state": False}
+        model.activation_checkpointing_enable(keep, config.recompute_every)
+    if config.compile_layers:
+        compile_layers(model)
+
+
+def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
+    """Wrap the model into a DeepSpeed engine with AdamW.
+
+    Args:
+        model: on its device, its experts sharded where ``config`` asks for expert parallelism.
+        config: the recipe's part.
+        ranks: this process's place.
+
+    Returns:
+        ``deepspeed.DeepSpeedEngine``.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed  # type: ignore[import-untyped]
+
+    _quieten()
+    # The shared-memory operator serves inference only and costs a minute of g++ at first use: gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    prepare_model(model, config, ranks)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer(model, config.optimizer),
+        config=deepspeed_config(config, ranks.world, ranks.precision),
+        dist_init_required=False if deepspeed.comm.is_initialized() else None,
+    )
+    return engine
+
+
+def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | None:
+    """The ranks with which this one shares a load-balance group; ``None`` alone."""
+    accumulation_steps(config, 0, ranks.world)
+    size = ranks.world // config.load_balance_groups
+    if size <= 1:
+        return None
+    if size == ranks.world:
+        return dist.group.WORLD
+    mine = None
+    for first in range(0, ranks.world, size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members)
+        if ranks.rank in members:
+            mine = group
+    return mine
+
+
+def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
+    """Give the engine a stage's batch size and the model its RoPE base."""
+    micro = config.micro_batch(stage)
+    accumulation_steps(config, stage, world)
+    engine.set_train_micro_batch_size(micro)
+    engine.set_train_batch_size(config.stages[stage].sequences_per_step)
+    engine.module.config.rope_theta = config.stages[stage].rope_theta
+
+
+def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
+    """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
+    # DeepSpeed's converter asks for it; it says that no parameter needs a rule of its own.
+    engine.module.universal_checkpoint_info = _UNIVERSAL
+    engine.save_checkpoint(
+        str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False
+    )
+
+
+def load_engine(engine: Any, folder: Path) -> dict[str, Any]:
+    """Restore what :func:`save_engine` wrote; returns ``state``."""
+    path, client = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    if path is None:
+        raise StageError(f"DeepSpeed could not load the checkpoint {folder}.")
+    state: dict[str, Any] = client["trainer"]
+    return state

@@ -1,0 +1,1 @@
+"""Experiments on training and their commands; nothing of the product imports them."""

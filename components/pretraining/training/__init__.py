@@ -1,0 +1,1 @@
+"""The training loop: ``training/trainer.py`` tells it from beginning to end."""

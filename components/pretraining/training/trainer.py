@@ -1,0 +1,327 @@
+"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three stages.
+
+Order of events in a stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes before
+evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages since
+the last log line): data order, learning rate and mixture follow from the step.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import shutil
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from components.artifacts import METRICS_NAME, StageContext, StageError
+from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
+from components.measures.heldout import HeldOut, fit_bigram
+from components.pretraining.architecture import model_config
+from components.pretraining.checkpoints.progress import (
+    RunRecord,
+    align_metrics,
+    describe_run,
+    evaluation_metrics,
+    flush_to_disk,
+)
+from components.pretraining.checkpoints.resharding import load_universal, universal
+from components.pretraining.checkpoints.saving import Saver, find_newest
+from components.pretraining.config import PretrainConfig
+from components.pretraining.data.batches import BatchSource
+from components.pretraining.data.curriculum import StageSpan
+from components.pretraining.deepspeed.engine import build_engine, enter_stage, load_engine
+from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_step
+from components.pretraining.deepspeed.initial_model import initial_model
+from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
+from components.pretraining.processes.collectives import Collectives
+from components.pretraining.processes.interruption import Interruption
+from components.pretraining.processes.ranks import Ranks, describe_division
+from components.pretraining.training.guard import LossGuard
+from components.pretraining.training.telemetry import Interval
+from components.pretraining.training.training_step import TrainingStep
+from components.weights.checkpoint_store import CheckpointStore
+from model.accounting import training_flops_per_token
+
+
+class TrainingInterrupted(StageError):
+    """A signal asked the run to stop; it saved a checkpoint and the same command goes on from there."""
+
+
+class Trainer:
+    """One process's part in a run.
+
+    Args:
+        context: the stage's context; only the first rank writes through it.
+        config: the parsed config.
+        ranks: this process's place.
+        interruption: set by signals.
+    """
+
+    def __init__(
+        self, context: StageContext, config: PretrainConfig, ranks: Ranks, interruption: Interruption
+    ) -> None:
+        self._context, self._config, self._ranks, self._interruption = context, config, ranks, interruption
+        tokens = context.inputs["tokenize"]
+        self._tokenizer_folder = tokens / TOKENIZER_FOLDER
+        self._shards = TokenShards.open(tokens)
+        if TRAIN_SPLIT not in self._shards.splits:
+            raise StageError(
+                f"The token shards have no split {TRAIN_SPLIT}; there are {', '.join(self._shards.splits)}."
+            )
+        streams = {
+            name: self._shards.shard(TRAIN_SPLIT, name) for name in self._shards.categories(TRAIN_SPLIT)
+        }
+        self._source = BatchSource(config, streams, self._shards.eos_id)
+        self._curriculum = self._source.curriculum
+        self._architecture = model_config(config, self._shards)
+        self._heldout = HeldOut.open(
+            self._shards,
+            self._tokenizer_folder / "tokenizer.json",
+            config.evaluation.tokens_per_category,
+            config.evaluation.sequences_per_batch,
+        )
+        self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
+        self._record = RunRecord(context.scratch)
+        self._metrics_path = context.out / METRICS_NAME
+        model = initial_model(config, self._architecture, ranks)
+        self._engine = build_engine(model, config, ranks)
+        self._training = TrainingStep(self._engine, config, self._source, ranks)
+        self._interval = Interval(self._training.layout)
+        self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
+        self._collectives = Collectives(ranks)
+        self._saver = Saver(self._store, ranks, ranks.division(), config.seal_in_background)
+        self._step = 0
+
+    # ---------------------------------------------------------------- resuming
+
+    def _first_unfinished_end(self) -> int | None:
+        """A checkpoint beyond this step would skip an evaluation or an export that is missing."""
+        for span in self._curriculum.spans:
+            finished = f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
+            if not finished:
+                return span.end
+        return None
+
+    def _resume(self) -> None:
+        """Load the newest whole checkpoint, if there is one, and drop everything later than it."""
+        checkpoint, complaints = find_newest(
+            self._store, self._first_unfinished_end(), self._ranks, self._collectives
+        )
+        step = checkpoint.step if checkpoint else 0
+        if self._ranks.is_first:
+            for complaint in complaints:
+                self._context.note(complaint)
+            self._store.discard_after(step)
+            # A damaged checkpoint leads back behind a stage's end: its evaluation and export are made again.
+            for span in self._curriculum.spans:
+                if span.end > step:
+                    shutil.rmtree(self._context.out / span.name, ignore_errors=True)
+            align_metrics(self._metrics_path, step, self._record)
+        self._record.forget_after(step)
+        if checkpoint is not None:
+            if checkpoint.mesh == self._ranks.division():
+                state = load_engine(self._engine, checkpoint.path)
+            else:
+                converted = universal(self._store, checkpoint, self._ranks, self._collectives)
+                state = load_universal(self._engine, converted)
+                self._note_once(
+                    f"Carried the checkpoint of step {step} over from {describe_division(checkpoint.mesh)} to "
+                    f"{describe_division(self._ranks.division())}."
+                )
+            self._step = int(state["step"])
+            self._interval.load_state(state["interval"])
+            self._guard.load_state(state["guard"])
+            self._note_once(f"Resumed from the checkpoint of step {self._step}.")
+        if self._ranks.is_first:
+            self._guard.write(self._context.out)
+            describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
+
+    def _save(self) -> None:
+        if self._ranks.is_first:
+            flush_to_disk(self._metrics_path)
+        state = {
+            "step": self._step,
+            "interval": self._interval.to_state(),
+            "guard": self._guard.to_state(),
+        }
+        self._saver.save(self._engine, self._step, state)
+
+    # ---------------------------------------------------------------- one step
+
+    def _train_step(self, bar: Any) -> float:
+        """Gradients and update of the current step; returns seconds spent waiting for data."""
+        step, engine = self._step, self._engine
+        rate = self._curriculum.learning_rate(step)
+        for parameters in engine.optimizer.param_groups:
+            parameters["lr"] = rate
+        gradients, grad_norm = self._training.gradients(step), averaged_grad_norm(engine)
+        complaint = self._guard.judge(gradients.loss, grad_norm)
+        if complaint is None:
+            engine.step()
+            self._guard.accept(gradients.loss)
+            self._interval.add(gradients.pooled, grad_norm)
+        else:
+            self._guard.refuse(step, complaint, self._source.sequences(step).describe())
+            drop_step(engine)
+            self._interval.skip()
+            if self._ranks.is_first:
+                self._guard.write(self._context.out)
+        self._step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{gradients.loss:.3f}", refresh=False)
+        return gradients.waited_s
+
+    def _train_stage(self, span: StageSpan) -> None:
+        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        flops = training_flops_per_token(self._architecture, span.spec.context)
+        began, waited_s, since = time.perf_counter(), 0.0, self._step
+        bar = tqdm(
+            total=span.end - span.start,
+            initial=self._step - span.start,
+            desc=span.name,
+            unit="step",
+            file=sys.stderr,
+            disable=not self._ranks.is_first,
+            mininterval=1.0,
+        )
+        with bar:
+            while self._step < span.end:
+                waited_s += self._train_step(bar)
+                if self._step % self._config.log_every_steps == 0 or self._step == span.end:
+                    elapsed = time.perf_counter() - began
+                    tokens = (self._step - since) * span.spec.context * span.spec.sequences_per_step
+                    self._log_interval(tokens, elapsed, waited_s, flops)
+                    began, waited_s, since = time.perf_counter(), 0.0, self._step
+                stop = self._interruption.agreed(self._ranks)
+                if stop or self._step == span.end or self._step % self._config.checkpoint_every_steps == 0:
+                    self._save()
+                if stop:
+                    self._stop_now()
+
+    def _stop_now(self) -> None:
+        self._saver.wait()
+        raise TrainingInterrupted(
+            f"Stopped by {self._interruption.name} at step {self._step} of {self._curriculum.total_steps}; everything "
+            "up to there is saved, and the same command goes on from it."
+        )
+
+    def _log_interval(self, tokens: int, elapsed_s: float, waited_s: float, flops_per_token: float) -> None:
+        metrics = self._interval.drain()
+        if not self._ranks.is_first:
+            return
+        metrics["train/lr"] = self._curriculum.learning_rate(self._step - 1)
+        metrics["train/tokens"] = float(self._curriculum.tokens_before(self._step))
+        rate = tokens / max(elapsed_s, 1e-9)
+        metrics["speed/tokens_per_s"] = rate
+        metrics["speed/model_tflops"] = rate * flops_per_token / 1e12
+        metrics["speed/data_wait_share"] = waited_s / max(elapsed_s, 1e-9)
+        if self._ranks.device.type == "cuda":
+            peak = self._config.hardware.peak_tflops * self._ranks.world
+            metrics["speed/mfu"] = metrics["speed/model_tflops"] / peak
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            metrics["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self._context.log_metrics(metrics, self._step)
+
+    # ---------------------------------------------------------------- evaluation and export
+
+    def _evaluate(self, span: StageSpan, moment: str) -> None:
+        name = f"{span.name}:{moment}"
+        if name in self._record:
+            return
+        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        scores = self._heldout.evaluate(
+            self._engine.module,
+            span.spec.context,
+            self._ranks.device,
+            # Several ranks must stop together, hence only after the evaluation.
+            should_stop=lambda: self._interruption.requested and self._ranks.world == 1,
+            rank=self._ranks.rank,
+            world=self._ranks.world,
+        )
+        if self._interruption.agreed(self._ranks) or scores is None:
+            self._stop_now()
+            return
+        self._saver.wait()  # no evaluation is on record before the weights it measured are safe
+        if self._ranks.is_first:
+            entry = {"step": self._step, "context": span.spec.context, **scores.to_json()}
+            self._record.put(name, entry)
+            self._context.log_metrics(evaluation_metrics(name, entry), self._step)
+        else:
+            self._record.values[name] = {}
+        self._collectives.barrier()
+
+    def _export(self, span: StageSpan) -> None:
+        """Write the stage's model as a Hugging Face folder that appears by one rename."""
+        target = self._context.out / span.name
+        if self._collectives.broadcast(target.is_dir()):
+            return
+        dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
+        weights = MasterWeights(self._engine, self._ranks, dtype)
+        architecture = copy.deepcopy(self._architecture)
+        architecture.rope_theta = span.spec.rope_theta
+        if self._ranks.is_first:
+            draft = self._context.scratch / f"export-{span.name}"
+            shutil.rmtree(draft, ignore_errors=True)
+            export_model(weights, architecture, dtype, draft)
+            for path in sorted(self._tokenizer_folder.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, draft / path.name)
+            draft.rename(target)
+        else:
+            weights.take_part(architecture)
+        self._collectives.barrier()
+
+    def _bigram(self) -> None:
+        if self._ranks.is_first and "bigram" not in self._record:
+            model = fit_bigram(self._shards, self._config.evaluation.bigram_tokens_per_category)
+            self._record.put("bigram", self._heldout.bigram(model).to_json())
+
+    def _note_once(self, sentence: str) -> None:
+        if self._ranks.is_first:
+            self._context.note(sentence)
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> dict[str, Any]:
+        """Run what is left to do.
+
+        Returns:
+            The finished evaluations by name (complete on the first rank).
+
+        Raises:
+            TrainingInterrupted: a signal came; a checkpoint is saved.
+            StageError: the loss is not finite or jumped.
+        """
+        for name, absent in self._source.absent.items():
+            self._note_once(f"The shards lack {', '.join(absent)}; {name}'s other shares were scaled up.")
+        self._note_once(
+            f"Trained in {self._ranks.precision} on {self._ranks.world} x {self._ranks.device.type}."
+        )
+        missing = [n for n in self._shards.categories(TRAIN_SPLIT) if n not in self._heldout.streams]
+        if missing:
+            self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
+        self._resume()
+        self._bigram()
+        try:
+            for span in self._curriculum.spans:
+                if self._step > span.end or (self._step == span.end and self._is_finished(span)):
+                    continue
+                if self._step == span.start:
+                    self._evaluate(span, "start")
+                self._train_stage(span)
+                self._evaluate(span, "end")
+                self._export(span)
+            self._saver.wait()
+        finally:
+            self._saver.settle()
+        for skipped in self._guard.skipped:
+            self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
+        return self._record.values
+
+    def _is_finished(self, span: StageSpan) -> bool:
+        return f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
