@@ -20,8 +20,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 
 from components.artifacts import ArtifactError, StageError
-from flows.pipeline import Request, Say, run_pipeline, say_on_stderr
-from flows.recipes import RecipeError
+from flows.execution import Request, Say, run_pipeline, say_on_stderr
+from flows.overrides import RecipeError
 from flows.runner import PROJECT, Runner, StageOutcome
 from flows.stages import Stage
 
@@ -50,7 +50,11 @@ def _run_stage_as_task(runner: Runner, stage: Stage) -> StageOutcome:
     return outcomes[0]
 
 
-def _make_flow(name: str, recipe: str, until: str | None, description: str) -> Flow[..., Any]:
+def _make_flow(
+    name: str, recipe: str, until: str | None, description: str, errors: list[Exception] | None = None
+) -> Flow[..., Any]:
+    """A flow that runs a recipe's stages; the user's error that ended it is added to ``errors``."""
+
     @flow(name=name, description=description, persist_result=False, validate_parameters=True)
     def pipeline_flow(
         overrides: list[str] = [],  # noqa: B006  Prefect shows and serialises the default; it is never changed
@@ -62,6 +66,8 @@ def _make_flow(name: str, recipe: str, until: str | None, description: str) -> F
         try:
             ran = run_pipeline(request, say=say, run_stage=_run_stage_as_task)
         except _USER_ERRORS as error:
+            if errors is not None:
+                errors.append(error)
             if deployment.id:
                 get_run_logger().error(str(error))
             return Failed(message=f"{type(error).__name__}: {error}")
@@ -103,10 +109,11 @@ def run_as_flow(request: Request) -> None:
     """Run a request as a flow in this process, on the running Prefect server or a temporary one.
 
     Raises:
-        StageError: the flow failed; its message says why.
+        RecipeError, StageError, ArtifactError: why the flow failed.
     """
     name = f"pipeline-{request.recipe}" if request.until is None else f"{request.until}-{request.recipe}"
-    pipeline_flow = _make_flow(name, request.recipe, request.until, __doc__ or "")
+    errors: list[Exception] = []
+    pipeline_flow = _make_flow(name, request.recipe, request.until, __doc__ or "", errors)
     with _prefect_server():
         state: Any = pipeline_flow(
             overrides=list(request.overrides),
@@ -114,10 +121,10 @@ def run_as_flow(request: Request) -> None:
             root=str(request.root),
             return_state=True,
         )
+    if errors:
+        raise errors[0]
     if not state.is_completed():
-        raise StageError(
-            (state.message or "the flow did not complete").partition(": ")[2] or str(state.message)
-        )
+        raise StageError(state.message or "the flow did not complete")
 
 
 pipeline_smoke = _make_flow("pipeline-smoke", "smoke", None, "The whole pipeline at its smallest setting.")

@@ -11,10 +11,11 @@ import json
 import sys
 from collections.abc import Sequence
 
-from components.artifacts import ArtifactError, StageError
+from components.artifacts import EXIT_USER_ERROR, ArtifactError, StageError
 from components.pretraining.config import PretrainConfig
-from flows.pipeline import EXIT_USER_ERROR, add_run_options, execute, request_of, say_on_stderr
-from flows.recipes import RecipeError, resolve
+from flows.execution import say_on_stderr
+from flows.overrides import RecipeError, resolve
+from flows.pipeline import add_run_options, execute, request_of
 
 LAST_STAGE = "pretrain"
 

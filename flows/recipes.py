@@ -1,15 +1,15 @@
 """Recipes: a size of the system as one typed, frozen, validated object; every stage gets its own part.
 
-``resolve("nano", ["pretrain.seed=7"])`` builds one and applies overrides; the resolved recipe goes into every manifest.
+``RECIPES["nano"]()`` builds one; ``flows/overrides.py`` changes single values. The resolved recipe goes into every
+manifest.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
 from components.artifacts import StageConfig
 from components.curation.config import CorpusSource, CurateConfig, HubSource
@@ -22,13 +22,6 @@ from components.pretraining import presets
 from components.pretraining.config import PretrainConfig
 from components.synthesis.config import MgaConfig, PersonaConfig, SynthesizeConfig, TaskConfig, TeacherConfig
 from components.tokenization.config import TokenizeConfig
-
-_FREE_FIELDS = ("overrides", "documents", "generated_rows")  # mappings whose keys are the user's
-_LONGEST_VALUE = 60
-
-
-class RecipeError(ValueError):
-    """A recipe's name, field or value is wrong; the message names it and what is allowed."""
 
 
 class Recipe(StageConfig):
@@ -251,75 +244,3 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "4b": four_b,
     "21b": twenty_one_b,
 }
-
-
-def resolve(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Build the recipe ``name`` and apply ``field.path=value`` overrides (values as JSON, else as text).
-
-    Raises:
-        RecipeError: unknown recipe or field, or a value out of range.
-    """
-    if name not in RECIPES:
-        raise RecipeError(f"no recipe is called {name!r}; the recipes are {', '.join(RECIPES)}")
-    recipe = RECIPES[name]()
-    if not overrides:
-        return recipe
-    values = recipe.model_dump(mode="json")
-    for override in overrides:
-        path, separator, text = override.partition("=")
-        if not separator:
-            raise RecipeError(f"{override!r} is not an override; write field.path=value")
-        _set_field(values, path.strip(), text.strip())
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(describe_validation_error(name, error)) from error
-
-
-def _set_field(values: dict[str, Any], path: str, text: str) -> None:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *folders, leaf = path.split(".")
-    place: Any = values
-    for depth, key in enumerate(folders):
-        place = _enter(place, key, ".".join(folders[: depth + 1]))
-    if isinstance(place, list):
-        _enter(place, leaf, path)
-        place[int(leaf)] = value
-    elif isinstance(place, dict) and (leaf in place or (folders and folders[-1] in _FREE_FIELDS)):
-        place[leaf] = value
-    else:
-        raise _no_field(place, path)
-
-
-def _enter(place: Any, key: str, path: str) -> Any:
-    if isinstance(place, list) and key.isdigit() and int(key) < len(place):
-        return place[int(key)]
-    if isinstance(place, dict) and key in place:
-        return place[key]
-    if isinstance(place, list):
-        raise RecipeError(f"the recipe has no field {path!r}; its list has the indices 0 to {len(place) - 1}")
-    raise _no_field(place, path)
-
-
-def _no_field(place: Any, path: str) -> RecipeError:
-    allowed = ", ".join(sorted(place)) if isinstance(place, dict) else "none: it is a plain value"
-    return RecipeError(f"the recipe has no field {path!r}; fields there: {allowed}")
-
-
-def describe_validation_error(name: str, error: ValidationError) -> str:
-    """One line per wrong value: field, value, and what is allowed."""
-    problems = error.errors(include_url=False)
-    places = [problem["loc"] for problem in problems]
-    lines = []
-    for problem, place in zip(problems, places, strict=True):
-        if any(other != place and other[: len(place)] == place for other in places):
-            continue  # a consequence of the other
-        field = ".".join(str(part) for part in place)
-        value = repr(problem.get("input"))
-        said = f" = {value}" if len(value) <= _LONGEST_VALUE else ""
-        message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{field}{said}: {message}" if field else message)
-    return f"recipe {name} has a wrong value: " + "; ".join(lines)

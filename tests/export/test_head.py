@@ -25,7 +25,7 @@ from components.export.head_predictor import (
 )
 from components.export.head_states import collect_states, head_weight, split_windows
 from components.export.head_study import measure, screens, study, wilson
-from flows.recipes import resolve
+from flows.overrides import resolve
 from model import SmallThinkerConfig, SmallThinkerForCausalLM
 from runtime_cpu import Engine, pack
 from tests.export.test_stage import inputs  # noqa: F401  a fixture

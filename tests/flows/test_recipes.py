@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from flows.recipes import RECIPES, RecipeError, resolve
+from flows.overrides import RecipeError, resolve
+from flows.recipes import RECIPES
 from flows.stages import STAGE_NAMES
 
 
