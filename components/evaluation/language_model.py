@@ -22,12 +22,19 @@ from tqdm import tqdm
 
 from components.artifacts import StageError
 from components.measures.inference import ChatTokenizer, OptionScore, greedy_tokens, option_scores
-from components.measures.scoring import end_ids
 from model import SmallThinkerForCausalLM
 
 _DEFAULT_NEW_TOKENS = 256
 
 TokenRequest = tuple[Any, list[int], list[int]]
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def end_ids(tokenizer: ChatTokenizer) -> list[int]:
+    """Ids at which an answer ends."""
+    ids = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} | {tokenizer.eos_token_id}
+    return sorted(index for index in ids if index is not None and index >= 0)
 
 
 class SharedPrefixLM(TemplateLM):  # type: ignore[misc]  # lm-eval carries no types

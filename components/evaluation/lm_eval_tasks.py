@@ -15,7 +15,7 @@ from typing import Any
 from components.artifacts import StageError, write_atomically
 from components.evaluation.config import EvaluateConfig, LocalTask
 from components.measures.intervals import Score
-from components.measures.scoring import rows_of
+from components.measures.items import rows_of
 
 PREFIX = "nano_"
 _PERCENT = {"aggregation": "mean", "higher_is_better": True}

@@ -17,7 +17,7 @@ from components.artifacts import StageError
 from components.corpus.dialogues import DialogueEncoder
 from components.measures.inference import greedy_tokens, option_scores
 from components.measures.intervals import Score, paired_interval
-from components.measures.scoring import rows_of
+from components.measures.items import rows_of
 from model import SmallThinkerForCausalLM
 
 _ANSWER_TOKENS = 16

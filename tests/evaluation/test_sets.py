@@ -25,7 +25,7 @@ from components.corpus.templates import (
 )
 from components.evaluation import sets
 from components.evaluation.config import EvalSetsConfig
-from components.measures.scoring import rows_of
+from components.measures.items import rows_of
 
 CONFIG = EvalSetsConfig(
     mmlu_questions=6, parables_zh_questions=4, topic_per_class=4, arithmetic_questions=20, gsm_questions=6,

@@ -24,7 +24,7 @@ from components.export.head_predictor import (
     train,
 )
 from components.export.head_states import collect_states, head_weight, split_windows
-from components.export.head_study import measure, screens, study, wilson
+from components.export.head_study import measure, screens, study
 from flows.overrides import resolve
 from model import SmallThinkerConfig, SmallThinkerForCausalLM
 from runtime_cpu import Engine, pack
@@ -183,8 +183,3 @@ def test_the_study_loses_nothing_where_its_bounds_are_rigorous(states) -> None:
             assert line["lost_low"] <= line["lost"] <= line["lost_high"]
     report = study(head, fit, test, 64, 0)
     assert report["logits"]["positions"] == 64 and 0 < report["logits"]["cosine_p50"] <= 1
-
-
-def test_wilson_agrees_with_the_textbook() -> None:
-    assert wilson(0, 100) == pytest.approx((0.0, 0.0370), abs=1e-4)
-    assert wilson(13, 100) == pytest.approx((0.0776, 0.2098), abs=1e-4)

@@ -200,7 +200,7 @@ def test_building(tmp_path: Path, children: Children) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "words"),
+    ("ranks", "words"),
     [
         (
             Ranks(0, 6, expert_parallel=4),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
+from components.pretraining.checkpoints import saving
 from components.pretraining.checkpoints.saving import Saver
 from components.pretraining.config import PretrainConfig
 from components.pretraining.processes.ranks import Ranks
@@ -22,7 +23,6 @@ from components.weights.checkpoint_store import (
     CHECKSUMS_NAME,
     CheckpointError,
     CheckpointStore,
-    saving,
     split_by_size,
     verify,
 )

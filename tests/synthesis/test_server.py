@@ -16,9 +16,8 @@ import pytest
 
 from components.artifacts import StageContext, StageError
 from components.synthesis import SynthesizeConfig, run
-from components.synthesis.teacher.preflight import PROJECT
+from components.synthesis.teacher.preflight import PROJECT, preflight
 from components.synthesis.teacher.server import ServerProcess, end_leftover, free_port
-from components.synthesis.teacher.teacher import preflight
 
 # A server with a child of its own, as vLLM has: killing the one must not leave the other.
 _PARENT = """
