@@ -328,7 +328,9 @@ def table(result: dict[str, Any], operators: int) -> str:
 def parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m components.pretraining.dry_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="4b")
     parser.add_argument("--context", type=int, default=0, help="tokens of a sequence; 0: the recipe's")

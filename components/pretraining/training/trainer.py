@@ -276,7 +276,7 @@ class Trainer:
             weights.take_part(architecture)
         self._collectives.barrier()
 
-    def _bigram(self) -> None:
+    def _fit_baseline(self) -> None:
         if self._ranks.is_first and "bigram" not in self._record:
             model = fit_bigram(self._shards, self._config.evaluation.bigram_tokens_per_category)
             self._record.put("bigram", self._heldout.bigram(model).to_json())
@@ -297,6 +297,32 @@ class Trainer:
             TrainingInterrupted: a signal came; a checkpoint is saved.
             StageError: the loss is not finite or jumped.
         """
+        # 1) Say what a reviewer should know: how it runs, and what the data lack.
+        self._note_setting()
+        # 2) Go on from the newest whole checkpoint; what is later than it on disk is dropped.
+        self._resume()
+        # 3) The bigram baseline: counted once, whatever happens to the run.
+        self._fit_baseline()
+        # 4) The training stages, in order. One is over when its evaluation and its exported model are on disk.
+        try:
+            for span in self._curriculum.spans:
+                if self._step > span.end or (self._step == span.end and self._is_finished(span)):
+                    continue
+                if self._step == span.start:
+                    self._evaluate(span, "start")  # at this stage's context and RoPE base
+                self._train_stage(span)  # ends with a checkpoint,
+                self._evaluate(span, "end")  # so that a crash here costs no training
+                self._export(span)
+            # 5) The last checkpoint may still be on its way to the disk.
+            self._saver.wait()
+        finally:
+            self._saver.settle()
+        # 6) Steps that the guard dropped belong into the manifest.
+        for skipped in self._guard.skipped:
+            self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
+        return self._record.values
+
+    def _note_setting(self) -> None:
         for name, absent in self._source.absent.items():
             self._note_once(f"The shards lack {', '.join(absent)}; {name}'s other shares were scaled up.")
         self._note_once(
@@ -305,23 +331,6 @@ class Trainer:
         missing = [n for n in self._shards.categories(TRAIN_SPLIT) if n not in self._heldout.streams]
         if missing:
             self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
-        self._resume()
-        self._bigram()
-        try:
-            for span in self._curriculum.spans:
-                if self._step > span.end or (self._step == span.end and self._is_finished(span)):
-                    continue
-                if self._step == span.start:
-                    self._evaluate(span, "start")
-                self._train_stage(span)
-                self._evaluate(span, "end")
-                self._export(span)
-            self._saver.wait()
-        finally:
-            self._saver.settle()
-        for skipped in self._guard.skipped:
-            self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
-        return self._record.values
 
     def _is_finished(self, span: StageSpan) -> bool:
         return f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
