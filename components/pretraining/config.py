@@ -39,7 +39,7 @@ class ModelPart(_Part):
         return size
 
 
-class CurriculumStage(_Part):
+class TrainingStage(_Part):
     """One stage of the curriculum: how many tokens, of what, at which context length and RoPE base."""
 
     tokens: int = Field(ge=1, description="training tokens; rounded up to whole optimizer steps")
@@ -146,7 +146,7 @@ class PretrainConfig(StageConfig):
 
     seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
     model: ModelPart = Field(default_factory=ModelPart)
-    stages: tuple[CurriculumStage, ...] = Field(
+    stages: tuple[TrainingStage, ...] = Field(
         min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES
     )
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
@@ -300,22 +300,22 @@ class PretrainConfig(StageConfig):
         return sum(stage.steps for stage in self.stages)
 
 
-_NANO_STAGES: tuple[CurriculumStage, ...] = (
-    CurriculumStage(
+_NANO_STAGES: tuple[TrainingStage, ...] = (
+    TrainingStage(
         tokens=1_500_000,
         context=256,
         sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.45, "maths": 0.15, "code": 0.15, "web_stem": 0.15, "chinese": 0.10},
     ),
-    CurriculumStage(
+    TrainingStage(
         tokens=1_100_000,
         context=256,
         sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.30, "maths": 0.20, "code": 0.20, "web_stem": 0.20, "chinese": 0.10},
     ),
-    CurriculumStage(
+    TrainingStage(
         tokens=900_000,
         context=512,
         sequences_per_step=4,

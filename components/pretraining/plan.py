@@ -28,7 +28,7 @@ _RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowa
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One curriculum stage in figures."""
+    """One training stage in figures."""
 
     name: str
     tokens: float
@@ -51,7 +51,7 @@ class Plan:
         parameters, active: all parameters, and those that act on a token without the vocabulary's matrices.
         memory_bytes: of one process, by part.
         memory_limit_bytes: of one GPU.
-        stages: per curriculum stage.
+        stages: per training stage.
         flops: of the whole run.
         days: of the whole run at ``mfu``; the all-to-all of expert parallelism is not counted.
         exchanged_bytes: that a process sends per token in all-to-alls, over all layers and passes.
@@ -225,14 +225,14 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
-        spec, micro = span.spec, config.micro_batch(span.index)
+        spec, micro = span.stage, config.micro_batch(span.index)
         accumulation = spec.sequences_per_step / (micro * processes)
         if accumulation != int(accumulation) or accumulation < 1:
             problems.append(
                 f"{span.name}: {spec.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
                 f"{processes} processes"
             )
-        tokens = float(span.spec.steps * spec.context * spec.sequences_per_step)
+        tokens = float(span.stage.steps * spec.context * spec.sequences_per_step)
         flops = training_flops_per_token(model, spec.context)
         speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
         stages.append(

@@ -7,12 +7,12 @@ on warm-up, clipping, loss weights, group size, stage split, mixtures, precision
 from __future__ import annotations
 
 from components.pretraining.config import (
-    CurriculumStage,
     EvaluationPart,
     HardwarePart,
     ModelPart,
     OptimizerPart,
     PretrainConfig,
+    TrainingStage,
 )
 
 # [ours] The paper names the kinds of data and that later stages raise knowledge-dense text, not the shares.
@@ -45,7 +45,7 @@ def pretrain_config_smoke() -> PretrainConfig:
             },
         ),
         stages=tuple(
-            CurriculumStage(
+            TrainingStage(
                 tokens=tokens,
                 context=context,
                 sequences_per_step=1024 // context,
@@ -128,7 +128,7 @@ def _full_size(
     return PretrainConfig(
         model=ModelPart(preset=preset),
         stages=tuple(
-            CurriculumStage(
+            TrainingStage(
                 tokens=int(share * horizon_tokens),
                 context=context,
                 sequences_per_step=batch,
@@ -239,7 +239,7 @@ def benchmark_config(
     recipe = PRESETS[preset]()
     context = context or recipe.stages[0].context
     micro_batch = micro_batch or recipe.micro_batch(0)
-    stage = CurriculumStage(
+    stage = TrainingStage(
         tokens=steps * context * micro_batch * accumulation,
         context=context,
         sequences_per_step=micro_batch * accumulation,

@@ -104,13 +104,13 @@ class BatchSource:
         groups = self._config.load_balance_groups
         sharing, taken = max(1, world // groups), max(1, groups // world)
         first_group, place = (rank // sharing, rank % sharing) if taken == 1 else (rank * taken, 0)
-        rows = span.spec.sequences_per_step // groups
+        rows = span.stage.sequences_per_step // groups
         result = []
         for group in range(first_group, first_group + taken):
             starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
             result.append(
                 [
-                    self._micro_batch(sequences, slice(start, start + micro), span.spec.context)
+                    self._micro_batch(sequences, slice(start, start + micro), span.stage.context)
                     for start in starts
                 ]
             )

@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from components.pretraining.config import CurriculumStage, PretrainConfig
+from components.pretraining.config import PretrainConfig, TrainingStage
 
 
 @dataclass(frozen=True)
-class StageSpan:
+class TrainingStageSpan:
     """A stage's half-open range of optimizer steps ``[start, end)``."""
 
     index: int
     name: str
     start: int
     end: int
-    spec: CurriculumStage
+    stage: TrainingStage
 
 
 class Curriculum:
@@ -27,15 +27,15 @@ class Curriculum:
 
     def __init__(self, config: PretrainConfig) -> None:
         self._optimizer = config.optimizer
-        spans: list[StageSpan] = []
+        spans: list[TrainingStageSpan] = []
         start = 0
-        for index, spec in enumerate(config.stages):
-            spans.append(StageSpan(index, f"stage{index + 1}", start, start + spec.steps, spec))
-            start += spec.steps
+        for index, stage in enumerate(config.stages):
+            spans.append(TrainingStageSpan(index, f"stage{index + 1}", start, start + stage.steps, stage))
+            start += stage.steps
         self.spans = tuple(spans)
         self.total_steps = start
 
-    def at(self, step: int) -> StageSpan:
+    def at(self, step: int) -> TrainingStageSpan:
         """The stage that optimizer step ``step`` (0-based) belongs to."""
         for span in self.spans:
             if span.start <= step < span.end:
@@ -54,7 +54,7 @@ class Curriculum:
     def tokens_before(self, step: int) -> int:
         """Training tokens consumed by all steps before ``step``."""
         return sum(
-            (min(step, span.end) - span.start) * span.spec.context * span.spec.sequences_per_step
+            (min(step, span.end) - span.start) * span.stage.context * span.stage.sequences_per_step
             for span in self.spans
             if step > span.start
         )

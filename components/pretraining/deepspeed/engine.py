@@ -138,7 +138,7 @@ def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | 
     return mine
 
 
-def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
+def enter_training_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
     """Give the engine a stage's batch size and the model its RoPE base."""
     micro = config.micro_batch(stage)
     accumulation_steps(config, stage, world)

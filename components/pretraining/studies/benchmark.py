@@ -70,7 +70,7 @@ class Ours:
 
     def __init__(self, config: PretrainConfig) -> None:
         from components.pretraining.architecture import model_config
-        from components.pretraining.deepspeed.engine import build_engine, enter_stage
+        from components.pretraining.deepspeed.engine import build_engine, enter_training_stage
         from components.pretraining.deepspeed.initial_model import initial_model
         from components.pretraining.processes.ranks import join_processes
         from components.pretraining.training.training_step import TrainingStep
@@ -82,7 +82,7 @@ class Ours:
         )
         model = initial_model(config, self.architecture, self.ranks)
         self._engine = build_engine(model, config, self.ranks)
-        enter_stage(self._engine, config, 0, self.ranks.world)
+        enter_training_stage(self._engine, config, 0, self.ranks.world)
         self._step = TrainingStep(self._engine, config, self.source, self.ranks)
 
     @property

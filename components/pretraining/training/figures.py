@@ -40,7 +40,7 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
         for span in curriculum.spans[1:]:
             axes.axvline(span.start, color="grey", linewidth=0.8, linestyle="--")
     for span in curriculum.spans:
-        label = f"{span.name}\ncontext {span.spec.context}, RoPE base {span.spec.rope_theta:.2g}"
+        label = f"{span.name}\ncontext {span.stage.context}, RoPE base {span.stage.rope_theta:.2g}"
         upper.annotate(
             label,
             ((span.start + span.end) / 2, 1.01),

@@ -32,8 +32,8 @@ from components.pretraining.checkpoints.resharding import load_universal, univer
 from components.pretraining.checkpoints.saving import Saver, find_newest
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import BatchSource
-from components.pretraining.data.curriculum import StageSpan
-from components.pretraining.deepspeed.engine import build_engine, enter_stage, load_engine
+from components.pretraining.data.curriculum import TrainingStageSpan
+from components.pretraining.deepspeed.engine import build_engine, enter_training_stage, load_engine
 from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_step
 from components.pretraining.deepspeed.initial_model import initial_model
 from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
@@ -175,9 +175,9 @@ class Trainer:
         bar.set_postfix(loss=f"{gradients.loss:.3f}", refresh=False)
         return gradients.waited_s
 
-    def _train_stage(self, span: StageSpan) -> None:
-        enter_stage(self._engine, self._config, span.index, self._ranks.world)
-        flops = training_flops_per_token(self._architecture, span.spec.context)
+    def _run_training_stage(self, span: TrainingStageSpan) -> None:
+        enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
+        flops = training_flops_per_token(self._architecture, span.stage.context)
         began, waited_s, since = time.perf_counter(), 0.0, self._step
         bar = tqdm(
             total=span.end - span.start,
@@ -193,7 +193,7 @@ class Trainer:
                 waited_s += self._train_step(bar)
                 if self._step % self._config.log_every_steps == 0 or self._step == span.end:
                     elapsed = time.perf_counter() - began
-                    tokens = (self._step - since) * span.spec.context * span.spec.sequences_per_step
+                    tokens = (self._step - since) * span.stage.context * span.stage.sequences_per_step
                     self._log_interval(tokens, elapsed, waited_s, flops)
                     began, waited_s, since = time.perf_counter(), 0.0, self._step
                 stop = self._interruption.agreed(self._ranks)
@@ -229,14 +229,14 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluation and export
 
-    def _evaluate(self, span: StageSpan, moment: str) -> None:
+    def _evaluate(self, span: TrainingStageSpan, moment: str) -> None:
         name = f"{span.name}:{moment}"
         if name in self._record:
             return
-        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
         scores = self._heldout.evaluate(
             self._engine.module,
-            span.spec.context,
+            span.stage.context,
             self._ranks.device,
             # Several ranks must stop together, hence only after the evaluation.
             should_stop=lambda: self._interruption.requested and self._ranks.world == 1,
@@ -248,14 +248,14 @@ class Trainer:
             return
         self._saver.wait()  # no evaluation is on record before the weights it measured are safe
         if self._ranks.is_first:
-            entry = {"step": self._step, "context": span.spec.context, **scores.to_json()}
+            entry = {"step": self._step, "context": span.stage.context, **scores.to_json()}
             self._record.put(name, entry)
             self._context.log_metrics(evaluation_metrics(name, entry), self._step)
         else:
             self._record.values[name] = {}
         self._collectives.barrier()
 
-    def _export(self, span: StageSpan) -> None:
+    def _export(self, span: TrainingStageSpan) -> None:
         """Write the stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
         if self._collectives.broadcast(target.is_dir()):
@@ -263,7 +263,7 @@ class Trainer:
         dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
         weights = MasterWeights(self._engine, self._ranks, dtype)
         architecture = copy.deepcopy(self._architecture)
-        architecture.rope_theta = span.spec.rope_theta
+        architecture.rope_theta = span.stage.rope_theta
         if self._ranks.is_first:
             draft = self._context.scratch / f"export-{span.name}"
             shutil.rmtree(draft, ignore_errors=True)
@@ -310,7 +310,7 @@ class Trainer:
                     continue
                 if self._step == span.start:
                     self._evaluate(span, "start")  # at this stage's context and RoPE base
-                self._train_stage(span)  # ends with a checkpoint,
+                self._run_training_stage(span)  # ends with a checkpoint,
                 self._evaluate(span, "end")  # so that a crash here costs no training
                 self._export(span)
             # 5) The last checkpoint may still be on its way to the disk.
@@ -332,5 +332,5 @@ class Trainer:
         if missing:
             self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
 
-    def _is_finished(self, span: StageSpan) -> bool:
+    def _is_finished(self, span: TrainingStageSpan) -> bool:
         return f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
