@@ -157,9 +157,9 @@ class Runner:
         for entry in planned:
             state = "finished" if entry.finished else "to run: " + "; ".join(entry.reasons[:4])
             self.say(f"  {entry.stage.name:<11} {state}")
-            if entry.stage.figures and not entry.finished:
-                figures: Callable[[Any], str] = _function(entry.stage.figures)
-                for line in figures(getattr(self.recipe, entry.stage.name)).splitlines():
+            if entry.stage.cost and not entry.finished:
+                describe_cost: Callable[[Any], str] = _function(entry.stage.cost)
+                for line in describe_cost(getattr(self.recipe, entry.stage.name)).splitlines():
                     self.say(f"{'':<14}{line}")
 
     def run_stage(self, stage: Stage) -> StageOutcome:

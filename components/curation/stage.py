@@ -38,7 +38,7 @@ from components.curation.funnel import Funnel, StepCount, by_category, draw
 from components.curation.policies import POLICIES
 from components.curation.units import (
     FUNNEL_NAME,
-    Plan,
+    CurationJob,
     Unit,
     UnitPipeline,
     end_with_parent,
@@ -81,9 +81,9 @@ def _curate(context: StageContext, config: CurateConfig) -> dict[str, float]:
             context.inputs["evalsets"], config.decontamination_ngram, config.decontamination_min_words
         )
         index.save(index_path)
-    plan = Plan(tuple(units), config, model, models, index_path, work / "units")
-    _run_units(plan)
-    folders = [plan.output / unit.name for unit in units]
+    job = CurationJob(tuple(units), config, model, models, index_path, work / "units")
+    _run_units(job)
+    folders = [job.output / unit.name for unit in units]
     duplicates = Duplicates.find(folders, work / "duplicates", minhash_config(config))
     funnel = _write(context, config, units, folders, duplicates)
     return {**metrics, **_finish(context, config, funnel)}
@@ -156,24 +156,24 @@ def _start_worker() -> None:
     logger.remove()
 
 
-def _run_unit(plan: Plan, number: int) -> str:
-    UnitPipeline(plan).run(None, number, len(plan.units))
-    return plan.units[number].name
+def _run_unit(job: CurationJob, number: int) -> str:
+    UnitPipeline(job).run(None, number, len(job.units))
+    return job.units[number].name
 
 
-def _run_units(plan: Plan) -> None:
-    waiting = [n for n, unit in enumerate(plan.units) if not (plan.output / unit.name).is_dir()]
+def _run_units(job: CurationJob) -> None:
+    waiting = [n for n, unit in enumerate(job.units) if not (job.output / unit.name).is_dir()]
     if not waiting:
         return
     # datatrove's local executor waits for ever when a worker is killed (out of memory); this pool notices.
     pool = ProcessPoolExecutor(
-        min(plan.config.workers, len(waiting)),
+        min(job.config.workers, len(waiting)),
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
     )
-    with pool, tqdm(total=len(plan.units), initial=len(plan.units) - len(waiting), desc="curate", unit="part",
+    with pool, tqdm(total=len(job.units), initial=len(job.units) - len(waiting), desc="curate", unit="part",
                     file=sys.stderr, disable=None) as bar:  # fmt: skip
-        futures = [pool.submit(_run_unit, plan, number) for number in waiting]
+        futures = [pool.submit(_run_unit, job, number) for number in waiting]
         try:
             for future in as_completed(futures):
                 bar.set_postfix_str(future.result(), refresh=False)

@@ -126,14 +126,14 @@ def _agreement(
 ) -> dict[str, Any]:
     if not config.check_tokens or "f32" not in files:
         return {}
-    from components.devices.agreement import compare, torch_logits
+    from components.devices.logit_comparison import compare_logits, torch_logits
 
     folder = context.inputs["merge"] / "model"
     part = tokens[: min(config.check_tokens, _context_length(folder))]
     ids, ours = context.scratch / "check.npy", context.scratch / "logits.npy"
     np.save(ids, part)
     engine_command("logits", [str(files["f32"]), str(ids), str(ours)], config.timeout_s)
-    result = compare(np.load(ours), torch_logits(folder, part))
+    result = compare_logits(np.load(ours), torch_logits(folder, part))
     if not result.max_row_error <= config.max_logits_error:
         raise StageError(
             f"the engine's F32 logits are {result.max_row_error:.2e} from torch's (worst of {result.tokens} rows, "

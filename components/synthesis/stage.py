@@ -1,8 +1,8 @@
 """The stage ``synthesize``: ``run(context)`` asks a teacher, filters its answers and writes what is left.
 
-start the teacher | meanwhile: rows that need none, the plan     (stage.py, teacher.py, tasks.py, plan.py)
-live pass: items ask, answers land in the ledger                 (client.py, ledger.py)
-replay in the plan's order: filters decide, files are written    (items.py, filters.py, duplicates.py, tally.py)
+start the teacher | meanwhile: rows that need none, selected items   (teacher/, task_rows.py, selection.py)
+live pass: items ask, answers are written to the ledger              (items.py, teacher/client.py, teacher/ledger.py)
+replay in the items' order: filters decide, files are written        (items.py, filters/)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from components.synthesis.filters.overlap import EvaluationItems
 from components.synthesis.filters.tally import Tally
 from components.synthesis.items import Item, Made, Tools
 from components.synthesis.personas import read_collection
-from components.synthesis.plan import plan
+from components.synthesis.selection import select_items
 from components.synthesis.task_rows import task_rows
 from components.synthesis.teacher.client import Client, LiveClient, Rejected, ReplayClient
 from components.synthesis.teacher.ledger import Ledger
@@ -117,7 +117,7 @@ class _Prepared:
     def items(self) -> list[Item]:
         """What the teacher is asked."""
         if self._items is None:
-            self._items = plan(self._config, self._curated, self._roles())
+            self._items = select_items(self._config, self._curated, self._roles())
         return self._items
 
     def _roles(self) -> Sequence[str]:

@@ -20,7 +20,7 @@ from components.artifacts import StageContext, StageError
 from components.corpus.shards import TokenShards
 from components.devices import BenchmarkConfig, run
 from components.devices import stage as stage_module
-from components.devices.agreement import compare
+from components.devices.logit_comparison import compare_logits
 from components.devices.matrix import DeviceUnavailable, read_matrix
 from components.export.gguf_file import write_gguf
 from components.export.vocabulary import read_vocabulary
@@ -343,14 +343,14 @@ def test_a_missing_matrix_is_one_error(tmp_path: Path) -> None:
 
 def test_comparison_of_logits() -> None:
     theirs = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    assert compare(theirs, theirs).max_row_error == 0
+    assert compare_logits(theirs, theirs).max_row_error == 0
     ours = theirs.copy()
     ours[2] *= 1.01
-    assert compare(ours, theirs).max_row_error == pytest.approx(0.01, rel=1e-3)
+    assert compare_logits(ours, theirs).max_row_error == pytest.approx(0.01, rel=1e-3)
     ours[2, 3] = np.nan
-    assert compare(ours, theirs).max_row_error == np.inf
+    assert compare_logits(ours, theirs).max_row_error == np.inf
     with pytest.raises(StageError, match="logits of shape"):
-        compare(ours[:, :6], theirs)
+        compare_logits(ours[:, :6], theirs)
 
 
 def test_the_default_config_is_nano() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.artifacts import StageError
 from components.synthesis.items import Made
-from components.synthesis.plan import GSM_INSTRUCTION
+from components.synthesis.selection import GSM_INSTRUCTION
 
 _EXCLUDE_NAME = "exclude.jsonl"
 

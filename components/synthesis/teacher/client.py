@@ -1,8 +1,8 @@
 """Asks the teacher: ``LiveClient(teacher, config, ledger, seed).ask(key, messages, …)``, and ``ReplayClient`` again.
 
-Items are coroutines that ask one question or several (``items.py``). They run twice: live, many at once, for their
-answers to land in the ledger; then, in the plan's order, from the ledger alone, for what is kept. So memory does not
-grow with the number of items, the order of answers does not matter, and a killed run continues where it was.
+Items are coroutines that ask one question or several (``items.py``). They run twice: live, many at once, to fill the
+ledger with answers; then, in the order of selection, from the ledger alone, for what is kept. So memory does not grow
+with the number of items, the order of answers does not matter, and a killed run continues where it was.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run will cost and what it lacks, before anything is spent: ``python -m flows.pretrain --recipe 21b --plan``.
 
-``plan(...)`` counts parameters, memory per GPU by part, tokens, FLOPs and days;
+``estimate_run(...)`` counts parameters, memory per GPU by part, tokens, FLOPs and days;
 ``preflight(config)`` lists what this machine lacks (the runner asks it before it starts any stage).
 """
 
@@ -27,7 +27,7 @@ _RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowa
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class TrainingStageEstimate:
     """One training stage in figures."""
 
     name: str
@@ -42,7 +42,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunEstimate:
     """A run in figures; ``render()`` says them.
 
     Attributes:
@@ -66,7 +66,7 @@ class Plan:
     active: int
     memory_bytes: dict[str, float]
     memory_limit_bytes: float
-    stages: tuple[StagePlan, ...]
+    stages: tuple[TrainingStageEstimate, ...]
     flops: float
     days: float
     exchanged_bytes: float
@@ -200,7 +200,9 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     return parts
 
 
-def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None) -> Plan:
+def estimate_run(
+    model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None
+) -> RunEstimate:
     """Compute a run's figures.
 
     Args:
@@ -225,23 +227,23 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
-        spec, micro = span.stage, config.micro_batch(span.index)
-        accumulation = spec.sequences_per_step / (micro * processes)
+        stage, micro = span.stage, config.micro_batch(span.index)
+        accumulation = stage.sequences_per_step / (micro * processes)
         if accumulation != int(accumulation) or accumulation < 1:
             problems.append(
-                f"{span.name}: {spec.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
+                f"{span.name}: {stage.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
                 f"{processes} processes"
             )
-        tokens = float(span.stage.steps * spec.context * spec.sequences_per_step)
-        flops = training_flops_per_token(model, spec.context)
+        tokens = float(stage.steps * stage.context * stage.sequences_per_step)
+        flops = training_flops_per_token(model, stage.context)
         speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
         stages.append(
-            StagePlan(
+            TrainingStageEstimate(
                 name=span.name,
                 tokens=tokens,
-                context=spec.context,
-                steps=spec.steps,
-                tokens_per_step=spec.context * spec.sequences_per_step,
+                context=stage.context,
+                steps=stage.steps,
+                tokens_per_step=stage.context * stage.sequences_per_step,
                 micro_batch=micro,
                 accumulation=accumulation,
                 flops_per_token=flops,
@@ -256,7 +258,7 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:
         problems.append(f"{needed / _GB:.0f} GB per GPU are needed and {limit / _GB:.0f} GB are there")
-    return Plan(
+    return RunEstimate(
         model=config.model.preset,
         gpus=processes,
         expert_parallel=config.expert_parallel,
@@ -314,7 +316,7 @@ def preflight(config: PretrainConfig) -> list[str]:
     if hardware.gpus:
         from components.pretraining.architecture import model_config
 
-        problems += plan(model_config(config), config).problems
+        problems += estimate_run(model_config(config), config).problems
     return problems
 
 
@@ -326,7 +328,7 @@ def describe(config: PretrainConfig) -> str:
     """
     from components.pretraining.architecture import model_config
 
-    return plan(model_config(config), config).render()
+    return estimate_run(model_config(config), config).render()
 
 
 def describe_on_gpus(config: PretrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""Which documents, pairs, personas and problems are used: ``plan(config, documents, roles) -> items``.
+"""Which documents, pairs, personas and problems are used: ``select_items(config, curated, roles)``.
 
 Choices depend on the seed and on the documents' ids alone. Kinds are interleaved in proportion, so that a time limit
 shortens all of them alike.
@@ -60,7 +60,7 @@ def choose(documents: Iterable[Document], count: int, minimum_chars: int, seed: 
     )
 
 
-def plan(config: SynthesizeConfig, curated: Path, roles: Sequence[str]) -> list[Item]:
+def select_items(config: SynthesizeConfig, curated: Path, roles: Sequence[str]) -> list[Item]:
     """Everything to ask, in order.
 
     Args:
