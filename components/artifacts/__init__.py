@@ -1,7 +1,7 @@
 """Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
 
 from components.artifacts.config import StageConfig, parse_config, wrong_values
-from components.artifacts.files import canonical_json, sha256_file, sync, write_atomically, write_json
+from components.artifacts.files import canonical_json, fsync_path, sha256_file, write_atomically, write_json
 from components.artifacts.manifest import (
     ArtifactError,
     FileEntry,
@@ -32,11 +32,11 @@ __all__ = [
     "die_with_parent",
     "fingerprint",
     "flatten",
+    "fsync_path",
     "once",
     "parse_config",
     "read_manifest",
     "sha256_file",
-    "sync",
     "verify_files",
     "write_atomically",
     "write_json",

@@ -25,8 +25,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Flush a file's contents, or a folder's entries, to the disk."""
+def fsync_path(path: Path) -> None:
+    """``fsync`` a file, or a folder's entries, so that a power failure does not lose them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +47,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -82,7 +82,7 @@ class HeldOutText:
 
 
 @dataclass
-class Routing:
+class RoutingStatistics:
     """Counts over held-out text; see :meth:`to_json` for what is made of them."""
 
     layers: int
@@ -184,7 +184,7 @@ def measure(
     text: HeldOutText,
     config: EvaluateConfig,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, dict[str, Any]], Routing]:
+) -> tuple[dict[str, dict[str, Any]], RoutingStatistics]:
     """Score held-out text.
 
     Returns:
@@ -192,7 +192,7 @@ def measure(
     """
     shape = model.config
     context = min(config.heldout_context_tokens, shape.max_position_embeddings)
-    routing = Routing(
+    routing = RoutingStatistics(
         shape.num_hidden_layers,
         shape.moe_num_primary_experts,
         shape.moe_num_active_primary_experts,

@@ -40,7 +40,7 @@ class ModelPart(_Part):
 
 
 class TrainingStage(_Part):
-    """One stage of the curriculum: how many tokens, of what, at which context length and RoPE base."""
+    """One training stage: how many tokens, of what, at which context length and RoPE base."""
 
     tokens: int = Field(ge=1, description="training tokens; rounded up to whole optimizer steps")
     context: int = Field(ge=8, le=1 << 20, description="tokens of one training sequence")
@@ -61,7 +61,7 @@ class TrainingStage(_Part):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the stage."""
+        """Optimizer steps of the training stage."""
         return -(-self.tokens // (self.context * self.sequences_per_step))
 
 
@@ -119,8 +119,8 @@ class PretrainConfig(StageConfig):
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(
         {
-            # Who computes: sums are taken in another order; running (not exact) counts of the load-balance loss know
-            # other micro-steps.
+            # Where and how it is computed: the order of summation changes, and with it rounding; running (not exact)
+            # counts of the load-balance loss cover other micro-steps.
             "processes",
             "threads",
             "device",
@@ -137,7 +137,7 @@ class PretrainConfig(StageConfig):
             "keep_checkpoints",
             "seal_in_background",
             "save_grace_s",
-            # What a spike leads to: a run that none has hit is the same under all policies; skipped steps are noted.
+            # What a loss spike leads to: a run without one is the same under every policy; skipped steps are noted.
             "spike_ratio",
             "on_spike",
             "max_skips",
@@ -286,7 +286,7 @@ class PretrainConfig(StageConfig):
         return self
 
     def micro_batch(self, stage: int) -> int:
-        """Sequences per forward pass in a stage (0-based): the first stage's token count, rounded down, at least 1."""
+        """Sequences per forward pass in a training stage (0-based): as many tokens as in the first, at least 1."""
         tokens = self.sequences_per_micro_batch * self.stages[0].context
         return max(1, min(tokens // self.stages[stage].context, self.stages[stage].sequences_per_step))
 
@@ -296,7 +296,7 @@ class PretrainConfig(StageConfig):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all stages together."""
+        """Optimizer steps of all training stages together."""
         return sum(stage.steps for stage in self.stages)
 
 

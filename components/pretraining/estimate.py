@@ -28,7 +28,7 @@ _RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowa
 
 @dataclass(frozen=True)
 class TrainingStageEstimate:
-    """One training stage in figures."""
+    """One training stage in numbers."""
 
     name: str
     tokens: float
@@ -43,7 +43,7 @@ class TrainingStageEstimate:
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """A run in figures; ``render()`` says them.
+    """What a run takes, in numbers; ``render()`` is the plan that users read.
 
     Attributes:
         gpus: processes counted on, one per GPU.
@@ -77,7 +77,7 @@ class RunEstimate:
 
     @property
     def tokens(self) -> float:
-        """Training tokens of all stages."""
+        """Training tokens of all training stages."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
@@ -129,7 +129,7 @@ def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig)
 
 
 def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes: int) -> dict[str, float]:
-    """Estimated bytes per process and part, at the stage that needs most.
+    """Estimated bytes per process and part, at the training stage that needs most.
 
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
     master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2; their
@@ -203,7 +203,7 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
 def estimate_run(
     model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None
 ) -> RunEstimate:
-    """Compute a run's figures.
+    """Estimate memory, FLOPs and days of a run.
 
     Args:
         model: the architecture.

@@ -1,7 +1,7 @@
 """Pretraining values of the recipes: ``pretrain_config_nano()``, ``_smoke()``, ``_21b_slim()``, ``_4b()``, ``_21b()``.
 
 Marked [paper] where arXiv 2507.20984 gives the value and [ours] with a reason where it does not: the paper is silent
-on warm-up, clipping, loss weights, group size, stage split, mixtures, precision and hardware.
+on warm-up, clipping, loss weights, group size, training stages' shares, mixtures, precision and hardware.
 """
 
 from __future__ import annotations

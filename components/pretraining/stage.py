@@ -1,4 +1,4 @@
-"""The stage as the runner sees it: train in this process or under torchrun, then write tables and pictures."""
+"""The pipeline stage ``pretrain``: train in this process or under torchrun, then write tables and pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(context: StageContext) -> dict[str, float]:
     """Run or resume the stage.
 
     Returns:
-        Headline metrics: held-out bits per byte after each stage and of the bigram baseline, tokens, steps.
+        Headline metrics: held-out bits per byte after each training stage and of the bigram baseline, tokens, steps.
 
     Raises:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from components.artifacts import StageError, sync
+from components.artifacts import StageError, fsync_path
 from components.corpus.dialogues import DialogueEncoder
 from model import SmallThinkerForCausalLM
 
@@ -71,7 +71,7 @@ def save_model(
     model.save_pretrained(draft)
     copy_tokenizer(tokenizer_folder, draft)
     for path in draft.iterdir():
-        sync(path)
+        fsync_path(path)
     replace_folder(draft, folder)
 
 
@@ -87,4 +87,4 @@ def replace_folder(draft: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)

@@ -21,8 +21,8 @@ from components.pretraining.config import PretrainConfig
 from components.pretraining.processes.ranks import Ranks
 from components.weights.checkpoint_store import (
     CHECKSUMS_NAME,
-    CheckpointError,
     CheckpointStore,
+    DamagedCheckpointError,
     split_by_size,
     verify,
 )
@@ -131,7 +131,7 @@ def test_a_file_that_vanishes_while_sealing_is_no_checkpoint(tmp_path: Path, mon
     monkeypatch.setattr(saving, "checksum", losing)
     own, store = saver(tmp_path)
     own.save(Engine(), 5, {})
-    with pytest.raises(CheckpointError, match=r"lost files while it was written: model\.pt"):
+    with pytest.raises(DamagedCheckpointError, match=r"lost files while it was written: model\.pt"):
         own.wait()
     assert store.steps() == []
 

@@ -13,7 +13,7 @@ from components.pretraining.config import PretrainConfig, TrainingStage
 
 @dataclass(frozen=True)
 class TrainingStageSpan:
-    """A stage's half-open range of optimizer steps ``[start, end)``."""
+    """A training stage and its half-open range of optimizer steps ``[start, end)``."""
 
     index: int
     name: str
@@ -23,7 +23,7 @@ class TrainingStageSpan:
 
 
 class Curriculum:
-    """The run's stages laid out on one axis of optimizer steps."""
+    """The run's training stages as consecutive ranges of optimizer steps."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self._optimizer = config.optimizer
@@ -36,14 +36,14 @@ class Curriculum:
         self.total_steps = start
 
     def at(self, step: int) -> TrainingStageSpan:
-        """The stage that optimizer step ``step`` (0-based) belongs to."""
+        """The training stage that optimizer step ``step`` (0-based) belongs to."""
         for span in self.spans:
             if span.start <= step < span.end:
                 return span
         raise IndexError(f"step {step} is outside the run's {self.total_steps} steps")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then one cosine over all stages down to ``final_lr_ratio`` of the peak."""
+        """Linear warm-up, then one cosine over all training stages down to ``final_lr_ratio`` of the peak."""
         part = self._optimizer
         if step < part.warmup_steps:
             return part.peak_lr * (step + 1) / part.warmup_steps

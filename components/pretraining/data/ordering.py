@@ -6,7 +6,7 @@ processes does not enter. Two counter-based pieces make it so:
 - how many sequences of each category a step takes: systematic sampling of the mixture with one Philox draw per
   step, so that counts differ from ``share * batch`` by less than one and are right on average;
 - which windows: the n-th sequence of a category is window ``permutation(n mod W)`` of epoch ``n div W``, where the
-  permutation of the W windows is a keyed Feistel network walked back into range. Every window is seen once per
+  permutation of the W windows is a keyed Feistel network with cycle walking. Every window is seen once per
   epoch and nothing of size W is held in memory. Each epoch shifts all windows by a random part of the tokens that
   are left over at the end.
 """
@@ -78,7 +78,7 @@ class Sequences:
 def effective_mixture(
     span: TrainingStageSpan, available_tokens: Mapping[str, int], absent_category: str
 ) -> tuple[dict[str, float], list[str]]:
-    """The stage's mixture over categories that the shards hold, and the wanted ones that they lack.
+    """The training stage's mixture over categories that the shards hold, and the wanted ones that they lack.
 
     A category counts as held when it has at least one whole window (``context`` tokens).
 
@@ -108,8 +108,8 @@ class SequenceOrder:
 
     Args:
         seed: seed of the order.
-        curriculum: the run's stages.
-        mixtures: effective mixture of every stage.
+        curriculum: the run's training stages.
+        mixtures: effective mixture of every training stage.
         tokens: tokens that the shards hold, by category.
     """
 
@@ -129,7 +129,7 @@ class SequenceOrder:
             counts = self._counts(span, shares)
             taken = np.zeros((counts.shape[0] + 1, len(CATEGORIES)), dtype=np.int64)
             np.cumsum(counts, axis=0, out=taken[1:])
-            # Stages of equal context share one pass over the windows: go on where the last one stopped.
+            # Training stages of equal context share one epoch: a later one goes on where the earlier one stopped.
             for earlier, table in zip(curriculum.spans, self._cumulative, strict=False):
                 if earlier.stage.context == span.stage.context:
                     taken = taken + (table[-1] - table[0])

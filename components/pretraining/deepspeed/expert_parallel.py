@@ -1,4 +1,4 @@
-"""Experts spread over processes: ``shard_experts(model, ranks)``, before the engine is built.
+"""Expert parallelism: ``shard_experts(model, ranks)``, before the engine is built.
 
 Each rank of an expert-parallel group holds ``E / size`` experts of every layer and computes them for the tokens of the
 whole group. Token-expert rows travel by all-to-all in exact sizes: no capacity, no padding, no dropped token. The
@@ -68,7 +68,7 @@ class LocalExperts(Experts):
 
 
 class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
-    """Stands in for ``model.experts.Experts``; the ranks of a group call it together, equally often.
+    """Stands in for ``model.experts.Experts``; its forward is a collective of the group's ranks.
 
     Args:
         whole: the layer's experts (may lie on the meta device); this rank's part is copied.
@@ -95,7 +95,7 @@ class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
             self._mark(parameter)
 
     def _mark(self, parameter: nn.Parameter) -> None:
-        """Say where gradients are reduced and ZeRO partitions, and how a universal checkpoint joins the parts."""
+        """Tell DeepSpeed over which group to reduce and partition, and how a universal checkpoint merges the shards."""
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         marks = {

@@ -172,7 +172,7 @@ class StepLedger(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Dynamo traces below it: captured graphs are put on the account by ``fused_regions``."""
+        """Dynamo traces below it: captured graphs are counted by ``fused_regions``."""
         return True
 
     def __init__(self, peak_flops: float, bandwidth: float, device_type: str = "cuda") -> None:
@@ -263,7 +263,7 @@ class StepLedger(TorchDispatchMode):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """What runs within costs nothing, and its results are not counted: they stay in registers."""
+        """What runs within costs nothing, and its results are not allocated: a fused kernel keeps them in registers."""
         before, self._suspended = self._suspended, True
         try:
             yield
@@ -317,7 +317,7 @@ class StepLedger(TorchDispatchMode):
     # --- operators --------------------------------------------------------------------------------------------------
 
     def charge(self, name: str, flops: float, moved_bytes: float) -> None:
-        """Put one kernel on the account of what runs now."""
+        """Add one kernel to the cost of what runs now."""
         part, phase, _ = self.running()
         if part == "router and dispatch" and name == "_grouped_mm":
             part = "expert products"
@@ -325,7 +325,7 @@ class StepLedger(TorchDispatchMode):
         self.costs[part, phase, name] += Cost(flops, moved_bytes, bound_s, 1)
 
     def _notice_wait(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        """A copy between host and device that the host waits for."""
+        """List a synchronising copy between host and device."""
         if name not in ("_to_copy", "copy_"):
             return
         source = args[1] if name == "copy_" else args[0]

@@ -1,8 +1,8 @@
-"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three stages.
+"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three training stages.
 
-Order of events in a stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes before
-evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages since
-the last log line): data order, learning rate and mixture follow from the step.
+Order of events in a training stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes
+before evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages
+since the last log line): data order, learning rate and mixture follow from the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from components.artifacts import METRICS_NAME, StageContext, StageError
+from components.artifacts import METRICS_NAME, StageContext, StageError, fsync_path
 from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
@@ -26,7 +26,6 @@ from components.pretraining.checkpoints.progress import (
     align_metrics,
     describe_run,
     evaluation_metrics,
-    flush_to_disk,
 )
 from components.pretraining.checkpoints.resharding import load_universal, universal
 from components.pretraining.checkpoints.saving import Saver, find_newest
@@ -39,7 +38,7 @@ from components.pretraining.deepspeed.initial_model import initial_model
 from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
 from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.interruption import Interruption
-from components.pretraining.processes.ranks import Ranks, describe_division
+from components.pretraining.processes.ranks import Ranks, describe_mesh
 from components.pretraining.training.guard import LossGuard
 from components.pretraining.training.telemetry import Interval
 from components.pretraining.training.training_step import TrainingStep
@@ -55,7 +54,7 @@ class Trainer:
     """One process's part in a run.
 
     Args:
-        context: the stage's context; only the first rank writes through it.
+        context: the pipeline stage's context; only the first rank writes through it.
         config: the parsed config.
         ranks: this process's place.
         interruption: set by signals.
@@ -93,13 +92,13 @@ class Trainer:
         self._interval = Interval(self._training.layout)
         self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
         self._collectives = Collectives(ranks)
-        self._saver = Saver(self._store, ranks, ranks.division(), config.seal_in_background)
+        self._saver = Saver(self._store, ranks, ranks.mesh(), config.seal_in_background)
         self._step = 0
 
     # ---------------------------------------------------------------- resuming
 
     def _first_unfinished_end(self) -> int | None:
-        """A checkpoint beyond this step would skip an evaluation or an export that is missing."""
+        """End of the first training stage without evaluation or export; no later checkpoint may be resumed from."""
         for span in self._curriculum.spans:
             finished = f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
             if not finished:
@@ -116,21 +115,21 @@ class Trainer:
             for complaint in complaints:
                 self._context.note(complaint)
             self._store.discard_after(step)
-            # A damaged checkpoint leads back behind a stage's end: its evaluation and export are made again.
+            # A damaged checkpoint may lead back before a training stage's end: its evaluation and export are redone.
             for span in self._curriculum.spans:
                 if span.end > step:
                     shutil.rmtree(self._context.out / span.name, ignore_errors=True)
             align_metrics(self._metrics_path, step, self._record)
         self._record.forget_after(step)
         if checkpoint is not None:
-            if checkpoint.mesh == self._ranks.division():
+            if checkpoint.mesh == self._ranks.mesh():
                 state = load_engine(self._engine, checkpoint.path)
             else:
                 converted = universal(self._store, checkpoint, self._ranks, self._collectives)
                 state = load_universal(self._engine, converted)
                 self._note_once(
-                    f"Carried the checkpoint of step {step} over from {describe_division(checkpoint.mesh)} to "
-                    f"{describe_division(self._ranks.division())}."
+                    f"Carried the checkpoint of step {step} over from {describe_mesh(checkpoint.mesh)} to "
+                    f"{describe_mesh(self._ranks.mesh())}."
                 )
             self._step = int(state["step"])
             self._interval.load_state(state["interval"])
@@ -141,8 +140,8 @@ class Trainer:
             describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
 
     def _save(self) -> None:
-        if self._ranks.is_first:
-            flush_to_disk(self._metrics_path)
+        if self._ranks.is_first and self._metrics_path.exists():
+            fsync_path(self._metrics_path)  # no checkpoint may be newer than the metrics that lead to it
         state = {
             "step": self._step,
             "interval": self._interval.to_state(),
@@ -196,7 +195,7 @@ class Trainer:
                     tokens = (self._step - since) * span.stage.context * span.stage.sequences_per_step
                     self._log_interval(tokens, elapsed, waited_s, flops)
                     began, waited_s, since = time.perf_counter(), 0.0, self._step
-                stop = self._interruption.agreed(self._ranks)
+                stop = self._interruption.requested_on_any(self._ranks)
                 if stop or self._step == span.end or self._step % self._config.checkpoint_every_steps == 0:
                     self._save()
                 if stop:
@@ -238,15 +237,15 @@ class Trainer:
             self._engine.module,
             span.stage.context,
             self._ranks.device,
-            # Several ranks must stop together, hence only after the evaluation.
+            # Several ranks must stop at the same point, hence only after the evaluation.
             should_stop=lambda: self._interruption.requested and self._ranks.world == 1,
             rank=self._ranks.rank,
             world=self._ranks.world,
         )
-        if self._interruption.agreed(self._ranks) or scores is None:
+        if self._interruption.requested_on_any(self._ranks) or scores is None:
             self._stop_now()
             return
-        self._saver.wait()  # no evaluation is on record before the weights it measured are safe
+        self._saver.wait()  # no evaluation is recorded before the checkpoint that it measured is on disk
         if self._ranks.is_first:
             entry = {"step": self._step, "context": span.stage.context, **scores.to_json()}
             self._record.put(name, entry)
@@ -256,7 +255,7 @@ class Trainer:
         self._collectives.barrier()
 
     def _export(self, span: TrainingStageSpan) -> None:
-        """Write the stage's model as a Hugging Face folder that appears by one rename."""
+        """Write the training stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
         if self._collectives.broadcast(target.is_dir()):
             return
@@ -295,7 +294,7 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: a signal came; a checkpoint is saved.
-            StageError: the loss is not finite or jumped.
+            StageError: the loss is non-finite or spiked.
         """
         # 1) Say what a reviewer should know: how it runs, and what the data lack.
         self._note_setting()
@@ -309,7 +308,7 @@ class Trainer:
                 if self._step > span.end or (self._step == span.end and self._is_finished(span)):
                     continue
                 if self._step == span.start:
-                    self._evaluate(span, "start")  # at this stage's context and RoPE base
+                    self._evaluate(span, "start")  # at this training stage's context and RoPE base
                 self._run_training_stage(span)  # ends with a checkpoint,
                 self._evaluate(span, "end")  # so that a crash here costs no training
                 self._export(span)

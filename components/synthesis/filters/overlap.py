@@ -1,4 +1,4 @@
-"""Keeps evaluation items out of what is synthesized: ``EvaluationItems.read(folder, …).problem(made)``.
+"""Keeps evaluation items out of synthetic text: ``EvaluationItems.read(folder, …).problem(made)``.
 
 The same 13-gram index as in ``curate``, and every question of the evaluation sets word for word.
 """

@@ -83,7 +83,7 @@ class ServerProcess:
         self._started = time.monotonic()
         write_json(
             self.record_path,
-            {"group": self._process.pid, "born": _born(self._process.pid), "name": self.name},
+            {"group": self._process.pid, "born": _start_time(self._process.pid), "name": self.name},
         )
 
     def wait_ready(self, timeout_s: float) -> float:
@@ -154,27 +154,27 @@ def end_leftover(record_path: Path) -> bool:
     """End the server that a record names, if it is still the same processes; whether there was one."""
     try:
         record: Any = json.loads(record_path.read_text())
-        group, born = int(record["group"]), str(record["born"])
+        group, started = int(record["group"]), str(record["born"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    # The leader may be gone while members live on; a group number is not reused while it has members, so a group
-    # whose leader is missing is ours, and one whose leader was born at another time is not.
-    found = _born(group) in (born, "") and _group_lives(group)
+    # The leader may be gone while members live on; a group id is not reused while it has members, so a group whose
+    # leader is missing is ours, and one whose leader started at another time is not.
+    found = _start_time(group) in (started, "") and _group_is_alive(group)
     if found:
         _kill_group(group)
     record_path.unlink(missing_ok=True)
     return found
 
 
-def _born(pid: int) -> str:
-    """When a process started, as the kernel counts (field 22 of ``/proc/PID/stat``); empty when there is none."""
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's clock ticks (field 22 of ``/proc/PID/stat``); empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""
 
 
-def _group_lives(group: int) -> bool:
+def _group_is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
