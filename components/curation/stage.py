@@ -7,7 +7,6 @@ processes (``units.py``), drop near-duplicates across units, split by hash of th
 from __future__ import annotations
 
 import errno
-import hashlib
 import heapq
 import json
 import math
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, parse_config, write_atomically, write_json
 from components.corpus.categories import TEXT_CATEGORIES
+from components.corpus.hashing import hash_fraction
 from components.corpus.overlap import OverlapIndex
 from components.curation.config import CorpusSource, CurateConfig
 from components.curation.corpora import CORPORA
@@ -165,7 +165,7 @@ def _run_units(job: CurationJob) -> None:
     waiting = [n for n, unit in enumerate(job.units) if not (job.output / unit.name).is_dir()]
     if not waiting:
         return
-    # datatrove's local executor waits for ever when a worker is killed (out of memory); this pool notices.
+    # datatrove's local executor hangs when a worker is killed (out of memory); this pool raises.
     pool = ProcessPoolExecutor(
         min(job.config.workers, len(waiting)),
         multiprocessing.get_context("spawn"),
@@ -187,31 +187,26 @@ def _run_units(job: CurationJob) -> None:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _share(identifier: str) -> float:
-    """A document's place in [0, 1), from its id alone: the split never depends on order or on other documents."""
-    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") / 2**64
-
-
 def _heldout_limits(
     units: list[Unit], folders: list[Path], duplicates: Duplicates, config: CurateConfig
 ) -> dict[str, float]:
-    """Per category, the share below which a document is held out: raised where the plain fraction is too little."""
+    """Per category, the hash below which a document is held out: raised where the plain fraction is too little."""
     least: dict[str, list[tuple[float, int]]] = {}
     for unit, folder in zip(units, folders, strict=True):
         heap = least.setdefault(unit.category, [])
         for document in duplicates.survivors(folder)[0]:
-            entry = (-_share(document.id), len(document.text.encode()))
+            entry = (-hash_fraction(document.id), len(document.text.encode()))
             heapq.heappush(heap, entry) if len(heap) < 4_096 else heapq.heappushpop(heap, entry)
     limits: dict[str, float] = {}
     for category, heap in least.items():
         limit, held = config.heldout_fraction, 0
-        ordered = sorted((-share, size) for share, size in heap)
-        for number, (share, size) in enumerate(ordered):
-            if share >= limit and (held >= config.heldout_min_bytes and number > 0):
+        ordered = sorted((-fraction, size) for fraction, size in heap)
+        for number, (fraction, size) in enumerate(ordered):
+            if fraction >= limit and (held >= config.heldout_min_bytes and number > 0):
                 break
-            if number >= max(1, len(ordered) // 4) and share >= limit:  # never more than a quarter
+            if number >= max(1, len(ordered) // 4) and fraction >= limit:  # never more than a quarter
                 break
-            limit, held = max(limit, math.nextafter(share, 1.0)), held + size
+            limit, held = max(limit, math.nextafter(fraction, 1.0)), held + size
         limits[category] = limit
     return limits
 
@@ -232,7 +227,7 @@ def _write(
             stream, measured = duplicates.survivors(folder)
             split_sizes = dict.fromkeys(_SPLITS, 0)
             for document in stream:
-                split = "heldout" if _share(document.id) < limits[unit.category] else "train"
+                split = "heldout" if hash_fraction(document.id) < limits[unit.category] else "train"
                 key = (split, unit.category)
                 if key not in files:
                     path = context.out / split / f".{unit.category}.jsonl"

@@ -207,7 +207,7 @@ def minhash_config(config: CurateConfig) -> MinhashConfig:
 
 
 def _finished(stream: Iterator[Document], unit: Unit) -> Iterator[Document]:
-    """Documents with the metadata that every later stage relies on."""
+    """Documents with the metadata that every later pipeline stage relies on."""
     for document in stream:
         kept = {key: document.metadata[key] for key in ("quality", "topic") if key in document.metadata}
         common = {"category": unit.category, "source": unit.source.label, "synthetic": False}

@@ -159,20 +159,20 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     gate_up = local_experts / model.num_hidden_layers * 2 / 3  # one layer's
     sums_in_fp32 = config.zero_stage >= 2 and width_bytes == 2
     if sums_in_fp32:
-        # Of micro-steps, beside one tensor on its way into them.
+        # The fp32 sums over micro-steps, and the one tensor that is being added to them.
         gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + 2 * bucket
     elif config.zero_stage >= 2:
-        # DeepSpeed keeps whole tensors of which a partition holds any part.
+        # DeepSpeed keeps a whole tensor wherever the partition overlaps it.
         gradients = min(held, sharded + table + gate_up) * width_bytes + 2 * bucket
     heads = model.num_attention_heads * model.head_dim
-    crowding = 1.0 if size == 1 else min(float(size), _IMBALANCE)
+    imbalance = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
-    routed_bytes = crowding * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
+    routed_bytes = imbalance * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
     exchange_bytes = 0.0 if size == 1 else 2.0 * rows * model.hidden_size * width_bytes
     layer_bytes = tokens * (6 * model.hidden_size + 4 * heads) * width_bytes + routed_bytes
-    # What of a layer waits for its backward pass; the rest comes and goes.
+    # What a layer saves for its backward pass; its other activations are freed at once.
     saved_bytes = 3.0 * tokens * (model.hidden_size + heads) * width_bytes
-    saved_bytes += crowding * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
+    saved_bytes += imbalance * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
     layers = model.num_hidden_layers
     recomputed = config.recomputed_layers(layers)
     residual_bytes = tokens * model.hidden_size * width_bytes * recomputed
@@ -180,7 +180,7 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     copies_bytes = 2 * width_bytes + (4 if width_bytes == 2 and not config.hardware.gpus else 0)
     logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * copies_bytes
     logits += model.vocab_size * model.hidden_size * 4  # the output matrix's gradient is gathered in fp32
-    # Of the layers that keep their activations the last is the one at work, unless one that is recomputed is.
+    # One layer's whole working set: it is one of those that keep their activations, or one that is recomputed.
     activations = residual_bytes + saved_bytes * max(0, layers - max(1, recomputed)) + layer_bytes
     parts = {
         "weights": float(held * width_bytes),
@@ -191,7 +191,7 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
-    # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too, if not before.
+    # In the optimizer step activations are freed, and the sharded gradients are copied to fp32 unless they are already.
     step_bytes = 0.0 if sums_in_fp32 else sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
     if step_bytes > activations + logits:
         parts["optimizer step, beyond"] = step_bytes - activations - logits

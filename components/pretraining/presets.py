@@ -15,7 +15,7 @@ from components.pretraining.config import (
     TrainingStage,
 )
 
-# [ours] The paper names the kinds of data and that later stages raise knowledge-dense text, not the shares.
+# [ours] The paper names the kinds of data and that later training stages raise knowledge-dense text, not the shares.
 _FOUNDATION = {"general": 0.55, "maths": 0.08, "code": 0.12, "web_stem": 0.10, "chinese": 0.15}
 _KNOWLEDGE = {"general": 0.35, "maths": 0.18, "code": 0.17, "web_stem": 0.20, "chinese": 0.10}
 _FINISHING = {"general": 0.22, "maths": 0.20, "code": 0.16, "web_stem": 0.17, "chinese": 0.10, "sft": 0.15}
@@ -112,7 +112,7 @@ def _full_size(
     recompute_every: int,
     expert_parallel: int,
 ) -> PretrainConfig:
-    # [ours] 85 % / 12 % / 3 %: the bulk on general text, then knowledge, then a short stage for length and
+    # [ours] 85 % / 12 % / 3 %: the bulk on general text, then knowledge, then a short training stage for length and
     # instruction style; published runs of this kind spend 1-5 % of their tokens on extending the context.
     shares = (0.85, 0.12, 0.03)
     mixtures = (_FOUNDATION, _KNOWLEDGE, _FINISHING)

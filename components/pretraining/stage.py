@@ -78,7 +78,7 @@ def write_results(
 
 
 def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict[str, float]:
-    """Write ``long_context.json``: what the last stage did to the loss before and beyond the earlier context's end."""
+    """Write ``long_context.json``: the last training stage's effect on the loss before and beyond the old context."""
     old, new = config.stages[-2].context, config.stages[-1].context
     if new <= old or not config.evaluation.position_documents:
         return {}

@@ -85,7 +85,7 @@ class _Prepared:
 
     @property
     def evaluation(self) -> EvaluationItems:
-        """What must not occur."""
+        """The index of evaluation items, which must not occur in what is written."""
         if self._evaluation is None:
             filters = self._config.filters
             self._evaluation = EvaluationItems.read(
@@ -157,7 +157,7 @@ async def _live_pass(
     teacher: Teacher,
     ledger: Ledger,
 ) -> None:
-    """Run every item, ``concurrency`` at a time, for its answers; what an item makes is of no interest yet."""
+    """Run every item, ``concurrency`` at a time, so that its answers are in the ledger; the outcome is discarded."""
     from tqdm import tqdm
 
     started = time.monotonic()

@@ -51,7 +51,7 @@ class BatchSource:
     """Batches as a pure function of (config, shards, step).
 
     Args:
-        config: the stage's config.
+        config: the recipe's part.
         streams: the training split's tokens by category.
         eos_id: id of ``<|endoftext|>``.
 

@@ -125,20 +125,20 @@ class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
             tokens, as it is without expert parallelism.
         """
         top_k = experts_TK.shape[1]
-        # Two bins per expert, for valid tokens and for padding, so that the exchange of counts says both.
+        # Two bins per expert, for valid tokens and for padding, so that one exchange of counts gives both.
         bins_R = 2 * experts_TK.reshape(-1)
         if valid_T is not None:
             bins_R = bins_R + (~valid_T).to(bins_R.dtype).repeat_interleave(top_k)
         order_R = torch.sort(bins_R, stable=True).indices
         tokens_R = torch.div(order_R, top_k, rounding_mode="floor")
         local = self.num_local_experts
-        plan = compute_split_plan(bins_R, 2 * self.num_experts, self.ep_size, 2 * local, self.ep_group)
-        sent, received = plan.input_splits, plan.output_splits
+        splits = compute_split_plan(bins_R, 2 * self.num_experts, self.ep_size, 2 * local, self.ep_group)
+        sent, received = splits.input_splits, splits.output_splits
         m_SD = _AllToAllV.apply(self.ep_group, m_TD.index_select(0, tokens_R), sent, received)
         bins_S = (
             torch.arange(2 * local, device=m_TD.device)
             .repeat(self.ep_size)
-            .repeat_interleave(plan.local_counts_by_source.reshape(-1), output_size=sum(received))
+            .repeat_interleave(splits.local_counts_by_source.reshape(-1), output_size=sum(received))
         )
         experts_S = torch.div(bins_S, 2, rounding_mode="floor")
         ones_S1 = m_SD.new_ones(m_SD.shape[0], 1)

@@ -194,10 +194,10 @@ class StepLedger(TorchDispatchMode):
         self._suspended = False
         self._handles: list[Any] = []
 
-    # --- who is running -------------------------------------------------------------------------------------------
+    # --- what is running -------------------------------------------------------------------------------------------
 
     def watch(self, model: SmallThinkerForCausalLM) -> None:
-        """Tell the modules of ``model`` apart, once those to be compiled are: hooks in them would be compiled too."""
+        """Attribute costs to the modules of ``model``. Call it after compiling, or the hooks would be compiled too."""
         from model.attention import Attention
         from model.experts import Experts, Router
         from model.modeling import SmallThinkerDecoderLayer
@@ -324,7 +324,7 @@ class StepLedger(TorchDispatchMode):
         bound_s = max(flops / self._peak_flops, moved_bytes / self._bandwidth)
         self.costs[part, phase, name] += Cost(flops, moved_bytes, bound_s, 1)
 
-    def _notice_wait(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+    def _note_synchronisation(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """List a synchronising copy between host and device."""
         if name not in ("_to_copy", "copy_"):
             return
@@ -350,7 +350,7 @@ class StepLedger(TorchDispatchMode):
         results = tensors_in(out)
         if not any(t.device.type == self._device_type for t in results or tensors_in((args, kwargs))):
             return out
-        self._notice_wait(name, args, kwargs, out)
+        self._note_synchronisation(name, args, kwargs, out)
         moved_bytes = 0.0 if packet is not None and func.is_view else operator_bytes(name, args, kwargs, out)
         window = self.running()[2]
         if moved_bytes:

@@ -23,7 +23,7 @@ from components.synthesis.teacher.preflight import ALTERNATIVES
 from components.synthesis.teacher.teacher import Teacher
 
 _LONGEST_REASON = 300
-IN_FLIGHT_GRACE_S = 12.0  # for requests that were sent before the time limit
+IN_FLIGHT_GRACE_S = 12.0  # for requests in flight at the time limit
 
 
 class Rejected(Exception):
@@ -210,7 +210,7 @@ class LiveClient:
         except (openai.APIError, ValueError) as error:
             answer = Answer(f"malformed answer: {str(error)[:_LONGEST_REASON]}", "failed")
         self._failures = self._failures + 1 if answer.failed else 0
-        if self._failures >= self.patience:
+        if self._failures >= self.failure_limit:
             raise StageError(
                 f"{where} failed {self._failures} times in a row, the last time with: {answer.text}. The answers so "
                 f"far are kept; the same command goes on from them. {ALTERNATIVES}"
@@ -218,8 +218,8 @@ class LiveClient:
         return answer
 
     @property
-    def patience(self) -> int:
-        """Failures in a row, each after its retries, that end the stage."""
+    def failure_limit(self) -> int:
+        """Consecutive failures, each after its retries, that end the stage."""
         return max(8, 2 * self._config.concurrency)
 
     async def close(self) -> None:
