@@ -1,7 +1,14 @@
 """Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
 
 from components.artifacts.config import StageConfig, parse_config, wrong_values
-from components.artifacts.files import canonical_json, sha256_file, sync, write_atomically, write_json
+from components.artifacts.files import (
+    canonical_json,
+    new_file,
+    sha256_file,
+    sync,
+    write_atomically,
+    write_json,
+)
 from components.artifacts.manifest import (
     ArtifactError,
     FileEntry,
@@ -32,6 +39,7 @@ __all__ = [
     "die_with_parent",
     "fingerprint",
     "flatten",
+    "new_file",
     "once",
     "parse_config",
     "read_manifest",
