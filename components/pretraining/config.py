@@ -12,8 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from components.artifacts import StageConfig
-
-CATEGORIES: tuple[str, ...] = ("general", "maths", "code", "web_stem", "chinese", "sft")
+from components.corpus.categories import CATEGORIES
 
 _Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 
