@@ -1,8 +1,8 @@
 """The stage ``synthesize``: ``run(context)`` asks a teacher, filters its answers and writes what is left.
 
-start the teacher | meanwhile: rows that need none, the plan     (stage.py, teacher.py, tasks.py, plan.py)
-live pass: items ask, answers land in the ledger                 (client.py, ledger.py)
-replay in the plan's order: filters decide, files are written    (items.py, filters.py, duplicates.py, tally.py)
+start the teacher | meanwhile: rows that need none, the plan     (stage.py, teacher/, task_rows.py, plan.py)
+live pass: items ask, answers land in the ledger                 (teacher/client.py, teacher/ledger.py)
+replay in the plan's order: filters decide, files are written    (items.py, filters/, overlap.py)
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from components.sources import SourceUnavailable, fetch
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.filters.answers import AnswerFilter
 from components.synthesis.filters.duplicates import NearDuplicates
-from components.synthesis.filters.overlap import EvaluationItems
 from components.synthesis.filters.tally import Tally
 from components.synthesis.items import Item, Made, Tools
+from components.synthesis.overlap import EvaluationItems
 from components.synthesis.personas import read_collection
 from components.synthesis.plan import plan
 from components.synthesis.task_rows import task_rows

@@ -1,6 +1,6 @@
 """SFT rows whose answers are known without a teacher: ``task_rows(config, curated, evaluation)``.
 
-The formats and the rule that keeps training and evaluation apart are evaluation's own (``evaluation/templates.py``).
+The formats and the rule that keeps training and evaluation apart are evaluation's own (``corpus/templates.py``).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from model.masks import document_ids
 
 
 class TokenStream(Protocol):
-    """The tokens of one category, wherever they lie; ``components.tokenization.Shard`` is one."""
+    """The tokens of one category, wherever they lie; ``components.corpus.shards.Shard`` is one."""
 
     def __len__(self) -> int: ...
 

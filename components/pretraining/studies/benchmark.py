@@ -2,7 +2,7 @@
 
 Measures the trainer's own step on random tokens, with real and with forced balanced routing, beside a plain PyTorch
 loop of the same model in the same run, taking turns; then profiles one step by part. Model FLOPs utilisation counts 6
-FLOPs per active weight and PaLM's attention term (``flops.py``); recomputation does not count.
+FLOPs per active weight and PaLM's attention term (``model/accounting.py``); recomputation does not count.
 """
 
 from __future__ import annotations
