@@ -1,7 +1,14 @@
 """Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
 
 from components.artifacts.config import StageConfig, parse_config, wrong_values
-from components.artifacts.files import canonical_json, fsync_path, sha256_file, write_atomically, write_json
+from components.artifacts.files import (
+    canonical_json,
+    fsync_path,
+    new_file,
+    sha256_file,
+    write_atomically,
+    write_json,
+)
 from components.artifacts.manifest import (
     ArtifactError,
     FileEntry,
@@ -33,6 +40,7 @@ __all__ = [
     "fingerprint",
     "flatten",
     "fsync_path",
+    "new_file",
     "once",
     "parse_config",
     "read_manifest",

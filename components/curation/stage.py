@@ -11,7 +11,6 @@ import heapq
 import json
 import math
 import multiprocessing
-import os
 import platform
 import shutil
 import sys
@@ -26,7 +25,14 @@ import orjson
 from datatrove.utils.logging import logger  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, parse_config, write_atomically, write_json
+from components.artifacts import (
+    StageContext,
+    StageError,
+    new_file,
+    parse_config,
+    write_atomically,
+    write_json,
+)
 from components.corpus.categories import TEXT_CATEGORIES
 from components.corpus.hashing import hash_fraction
 from components.corpus.overlap import OverlapIndex
@@ -230,18 +236,12 @@ def _write(
                 split = "heldout" if hash_fraction(document.id) < limits[unit.category] else "train"
                 key = (split, unit.category)
                 if key not in files:
-                    path = context.out / split / f".{unit.category}.jsonl"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    files[key] = stack.enter_context(path.open("wb"))
+                    path = context.out / split / f"{unit.category}.jsonl"
+                    files[key] = stack.enter_context(new_file(path))
                 row = {"text": document.text, "id": document.id, "metadata": document.metadata}
                 files[key].write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
                 split_sizes[split] += 1
             _add_to_funnel(funnel, unit, folder, measured.count, split_sizes, catalogue)
-        for handle in files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-    for (split, category), handle in files.items():
-        Path(handle.name).rename(context.out / split / f"{category}.jsonl")
     return funnel
 
 

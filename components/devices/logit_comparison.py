@@ -55,11 +55,10 @@ def torch_logits(folder: Path, token_ids: NDArray[np.integer]) -> NDArray[np.flo
     """Logits [T, V] of the Hugging Face model in ``folder`` after each of ``token_ids`` [T], all in float32."""
     import torch
 
-    from model import SmallThinkerForCausalLM
+    from components.weights.model_folders import load_model
 
     with torch.inference_mode():
-        network = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        network.train(False)
+        network = load_model(folder)
         ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None]
         rows: NDArray[np.float32] = network(input_ids=ids).logits[0].float().numpy()
     return rows

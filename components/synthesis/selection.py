@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
-from components.corpus.templates import generated_items, is_reserved
+from components.corpus.templates import GSM_INSTRUCTION, generated_items, is_reserved
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.items import Document, DocumentPersona, Item, Problem, Question, Rewrite
 from components.synthesis.prompts import pairs
 from components.synthesis.texts import excerpt
 
-GSM_INSTRUCTION = " Give the result as your final answer. Do not include units."
 _PROBLEM_SEED_OFFSET = 500_000
 
 

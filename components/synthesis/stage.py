@@ -2,30 +2,28 @@
 
 start the teacher | meanwhile: rows that need none, selected items   (teacher/, task_rows.py, selection.py)
 live pass: items ask, answers are written to the ledger              (items.py, teacher/client.py, teacher/ledger.py)
-replay in the items' order: filters decide, files are written        (items.py, filters/)
+replay in the items' order: filters decide, files are written        (items.py, filters/, overlap.py)
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from components.artifacts import StageContext, StageError, parse_config, write_json
+from components.artifacts import StageContext, StageError, new_file, parse_config, write_json
 from components.sources import SourceUnavailable, fetch
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.filters.answers import AnswerFilter
 from components.synthesis.filters.duplicates import NearDuplicates
-from components.synthesis.filters.overlap import EvaluationItems
 from components.synthesis.filters.tally import Tally
 from components.synthesis.items import Item, Made, Tools
+from components.synthesis.overlap import EvaluationItems
 from components.synthesis.personas import read_collection
 from components.synthesis.selection import select_items
 from components.synthesis.task_rows import task_rows
@@ -222,8 +220,8 @@ def _write(
     control = _Control(tools)
     documents, sft = Counter[str](), Counter[str]()
     with (
-        _new_file(context.out / DOCUMENTS_NAME) as documents_file,
-        _new_file(context.out / SFT_NAME) as sft_file,
+        new_file(context.out / DOCUMENTS_NAME) as documents_file,
+        new_file(context.out / SFT_NAME) as sft_file,
     ):
         for row in prepared.rows:
             _write_line(sft_file, row)
@@ -310,19 +308,8 @@ def _headline(
     }
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[str]]:
-    """A file that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
-def _write_line(handle: IO[str], value: dict[str, Any]) -> None:
-    handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+def _write_line(handle: IO[bytes], value: dict[str, Any]) -> None:
+    handle.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 
 def _log(sentence: str) -> None:

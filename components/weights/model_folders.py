@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -13,16 +14,18 @@ from components.corpus.dialogues import DialogueEncoder
 from model import SmallThinkerForCausalLM
 
 
-def load_model(folder: Path, device: torch.device) -> SmallThinkerForCausalLM:
-    """Load a checkpoint in float32, whatever it is stored in.
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> SmallThinkerForCausalLM:
+    """Load a checkpoint in evaluation mode; ``auto``: in the dtype that it is stored in.
 
     Raises:
         StageError: the folder holds no readable model.
     """
     if not (folder / "config.json").is_file():
-        raise StageError(f"{folder} does not hold a model: config.json is missing.")
+        raise StageError(f"{folder} holds no model; run the stage that trains it.")
     try:
-        model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {folder} cannot be loaded: {error}") from error
     torch.nn.Module.to(model, device)

@@ -12,14 +12,14 @@ import torch
 from lm_eval.api.instance import Instance
 
 from components.artifacts import StageContext, StageError, write_json
-from components.evaluation import run
-from components.evaluation import stage as harness
+from components.evaluation import harness, run
 from components.evaluation.activations import HeldOutText, measure
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.language_model import SharedPrefixLM
 from components.evaluation.lm_eval_tasks import write_tasks
 from components.evaluation.sandbox import probe
 from components.evaluation.sets import EvalSet, write_sets
+from components.evaluation.stage import MODELS
 from tests.evaluation.tiny import save_tiny, tiny_model, tiny_tokenizer, write_shards
 
 TEXTS = {
@@ -55,7 +55,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Parents of the stage, all tiny."""
     root = tmp_path_factory.mktemp("parents")
     write_shards(root / "tokenize", TEXTS, tiny_tokenizer())
-    for seed, (_, parent, folder) in enumerate(harness.MODELS):
+    for seed, (_, parent, folder) in enumerate(MODELS):
         save_tiny(root / parent / folder, seed)
     about = ("src", "MIT", "")
     code = answer_rows(

@@ -359,7 +359,7 @@ class StepLedger(TorchDispatchMode):
         return out
 
     def _record(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """``components.pretraining.studies.profiling.part`` around what follows, or its end."""
+        """``components.pretraining.training.step_parts.part`` around what follows, or its end."""
         if "enter" in name:
             label = args[0]
             outer = self._parts[-1] if self._parts else "rest"

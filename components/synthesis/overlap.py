@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
+from components.corpus.templates import GSM_INSTRUCTION
 from components.synthesis.items import Made
-from components.synthesis.selection import GSM_INSTRUCTION
 
 _EXCLUDE_NAME = "exclude.jsonl"
 
