@@ -112,8 +112,8 @@ class EvaluationPart(_Part):
 class PretrainConfig(StageConfig):
     """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe.
 
-    The fields in ``PLACEMENT`` decide where a run goes on and what becomes of it meanwhile. Its results do not depend
-    on them but for rounding, so they can be changed between two starts of the same run.
+    The fields in ``PLACEMENT`` say where a run computes, how its progress is saved and when it stops. Its results do
+    not depend on them but for rounding, so they can be changed between two starts of the same run.
     """
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(

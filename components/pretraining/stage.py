@@ -73,7 +73,7 @@ def write_results(
     metrics["tokens"] = float(curriculum.tokens_before(curriculum.total_steps))
     metrics["steps"] = float(curriculum.total_steps)
     metrics.update(longer)
-    _check_lessons(context, names, heldout)
+    _note_regressions(context, names, heldout)
     return metrics
 
 
@@ -101,8 +101,8 @@ def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict
     return {"position_nats_change_before": before["change"], "position_nats_change_beyond": beyond["change"]}
 
 
-def _check_lessons(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
-    """Put into the notes what a reviewer would otherwise have to find in a table."""
+def _note_regressions(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
+    """Note every training stage that did not lower the held-out loss, and a model that the bigram baseline beats."""
     for earlier, later in itertools.pairwise(names):
         if heldout[later]["overall"] >= heldout[earlier]["overall"]:
             context.note(f"{later} did not lower the held-out bits per byte of {earlier}.")

@@ -206,7 +206,7 @@ class CheckpointStore:
         return None, complaints
 
     def discard_after(self, step: int) -> None:
-        """Remove drafts and every checkpoint beyond ``step``: the run goes on from there and rewrites them."""
+        """Remove drafts and every checkpoint beyond ``step``: the run resumes there and rewrites them."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path)
         for later in self.steps():

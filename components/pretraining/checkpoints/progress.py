@@ -37,7 +37,7 @@ class RunRecord:
         write_json(self._path, self.values)
 
     def forget_after(self, step: int) -> None:
-        """Drop evaluations of a later step: the run goes on from ``step`` and makes them again."""
+        """Drop evaluations of a later step: the run resumes at ``step`` and makes them again."""
         for name in [name for name, entry in self.values.items() if entry.get("step", 0) > step]:
             del self.values[name]
 

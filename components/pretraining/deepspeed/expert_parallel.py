@@ -1,7 +1,7 @@
 """Expert parallelism: ``shard_experts(model, ranks)``, before the engine is built.
 
 Each rank of an expert-parallel group holds ``E / size`` experts of every layer and computes them for the tokens of the
-whole group. Token-expert rows travel by all-to-all in exact sizes: no capacity, no padding, no dropped token. The
+whole group. Token-expert rows go through all-to-alls of exact sizes: no capacity factor, padding or dropped token. The
 router stays in the model, since it reads the layer's raw input. Groups, all-to-all, gradient reduction and checkpoints
 are those of DeepSpeed 0.19.8's AutoEP, which knows its layers by their class and their weights by the names
 ``experts.w1``, ``w2`` and ``w3``. Importing this module imports DeepSpeed, which takes ten seconds.

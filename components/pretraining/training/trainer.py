@@ -47,7 +47,7 @@ from model.accounting import training_flops_per_token
 
 
 class TrainingInterrupted(StageError):
-    """A signal asked the run to stop; it saved a checkpoint and the same command goes on from there."""
+    """A signal asked the run to stop; it saved a checkpoint, from which the same command resumes."""
 
 
 class Trainer:
@@ -298,7 +298,7 @@ class Trainer:
         """
         # 1) Say what a reviewer should know: how it runs, and what the data lack.
         self._note_setting()
-        # 2) Go on from the newest whole checkpoint; what is later than it on disk is dropped.
+        # 2) Resume from the newest whole checkpoint; what is later than it on disk is dropped.
         self._resume()
         # 3) The bigram baseline: counted once, whatever happens to the run.
         self._fit_baseline()
@@ -312,7 +312,7 @@ class Trainer:
                 self._run_training_stage(span)  # ends with a checkpoint,
                 self._evaluate(span, "end")  # so that a crash here costs no training
                 self._export(span)
-            # 5) The last checkpoint may still be on its way to the disk.
+            # 5) The last checkpoint may still be being sealed.
             self._saver.wait()
         finally:
             self._saver.settle()

@@ -58,13 +58,13 @@ class ServerProcess:
         self.record_path = folder / "teacher.json"
         self.ready_url = ready_url
         self._process: subprocess.Popen[bytes] | None = None
-        self._leash: int | None = None
+        self._watchdog_pipe: int | None = None
         self._started = 0.0
 
     def start(self) -> None:
         """Start the server without waiting for it; a leftover of an earlier, killed run is ended first."""
         end_leftover(self.record_path)
-        read_end, self._leash = os.pipe()
+        read_end, self._watchdog_pipe = os.pipe()
         try:
             with self.log_path.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -126,9 +126,9 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and everything it started."""
-        if self._leash is not None:
-            os.close(self._leash)
-            self._leash = None
+        if self._watchdog_pipe is not None:
+            os.close(self._watchdog_pipe)
+            self._watchdog_pipe = None
         if self._process is not None:
             try:
                 self._process.wait(_STOP_S)
