@@ -22,6 +22,7 @@ import psutil
 from components.artifacts import (
     EXIT_USER_ERROR,
     METRICS_NAME,
+    PROJECT,
     ArtifactStore,
     Identity,
     Manifest,
@@ -36,7 +37,6 @@ from flows.stages import STAGES, Stage, stage_named
 if TYPE_CHECKING:
     from flows.recipes import Recipe
 
-PROJECT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
 # Grace period after SIGTERM; a stage whose config has save_grace_s sets its own.
 _GRACE_S = 30.0

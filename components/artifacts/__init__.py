@@ -2,6 +2,7 @@
 
 from components.artifacts.config import StageConfig, parse_config, wrong_values
 from components.artifacts.files import (
+    PROJECT,
     canonical_json,
     fsync_path,
     new_file,
@@ -26,6 +27,7 @@ from components.artifacts.store import ArtifactStore, Identity, flatten
 __all__ = [
     "EXIT_USER_ERROR",
     "METRICS_NAME",
+    "PROJECT",
     "ArtifactError",
     "ArtifactStore",
     "FileEntry",

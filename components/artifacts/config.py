@@ -45,7 +45,7 @@ def parse_config(kind: type[_Config], context: StageContext) -> _Config:
         return kind.model_validate(dict(context.config))
     except ValidationError as error:
         raise StageError(
-            f"stage {context.stage} has a wrong value: {wrong_values(error, context.stage)}"
+            f"the config of stage {context.stage} has a wrong value: {wrong_values(error, context.stage)}"
         ) from error
 
 

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+PROJECT = Path(__file__).resolve().parents[2]
+"""The checkout, where processes of the project are started and its files are found."""
+
 _CHUNK_BYTES = 1 << 20
 
 

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, once, parse_config, write_json
+from components.artifacts import PROJECT, StageContext, StageError, once, parse_config, write_json
 from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
-from components.devices.commands import PROJECT, engine_command
+from components.devices.commands import engine_command
 from components.devices.config import BenchmarkConfig
 from components.devices.matrix import LOCAL, Device, DeviceUnavailable, read_matrix
 

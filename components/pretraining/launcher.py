@@ -18,11 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from components.artifacts import StageContext, StageError, die_with_parent, write_json
+from components.artifacts import PROJECT, StageContext, StageError, die_with_parent, write_json
 from components.pretraining.config import PretrainConfig
 
 REQUEST_NAME, RESULT_NAME = "request.json", "result.json"
-_PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch_command(config: PretrainConfig, request: Path, environment: Mapping[str, str]) -> list[str]:
@@ -82,7 +81,7 @@ def train_under_torchrun(context: StageContext, config: PretrainConfig) -> dict[
     environment = worker_environment(config, os.environ)
     command = launch_command(config, request, environment)
     process = subprocess.Popen(
-        command, cwd=_PROJECT, env=environment, stdout=sys.stderr, preexec_fn=die_with_parent
+        command, cwd=PROJECT, env=environment, stdout=sys.stderr, preexec_fn=die_with_parent
     )
     code = _wait_forwarding_signals(process)
     if not result.exists():

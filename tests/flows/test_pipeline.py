@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from components.artifacts import Manifest, read_manifest
-from flows.runner import PROJECT
+from components.artifacts import PROJECT, Manifest, read_manifest
 from flows.stages import STAGE_NAMES
 from runtime_cpu import Engine
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.artifacts import EXIT_USER_ERROR
+from components.artifacts import EXIT_USER_ERROR, PROJECT
 from flows import deployments
-from flows.runner import PROJECT
 
 PREFECT = PROJECT / ".venv/bin/prefect"
 

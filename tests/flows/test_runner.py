@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from components.artifacts import ArtifactError, StageError, read_manifest
-from flows.runner import PROJECT
+from components.artifacts import PROJECT, ArtifactError, StageError, read_manifest
 from tests.flows.conftest import TOY_STAGES
 
 

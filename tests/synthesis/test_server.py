@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import StageContext, StageError
+from components.artifacts import PROJECT, StageContext, StageError
 from components.synthesis import SynthesizeConfig, run
-from components.synthesis.teacher.preflight import PROJECT, preflight
+from components.synthesis.teacher.preflight import preflight
 from components.synthesis.teacher.server import ServerProcess, end_leftover, free_port
 
 # A server with a child of its own, as vLLM has: killing the one must not leave the other.
