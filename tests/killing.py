@@ -14,9 +14,7 @@ from components.artifacts import StageContext
 from tests.freezing import await_frozen, freeze_when
 
 
-def _child(
-    run: Callable[[StageContext], Any], context: StageContext, condition: Callable[[], bool]
-) -> None:
+def _child(run: Callable[[StageContext], Any], context: StageContext, condition: Callable[[], bool]) -> None:
     torch.set_num_threads(1)
     # Not the lock that a forked process shares with its parent: it may be killed while it holds it.
     tqdm.set_lock(threading.RLock())
