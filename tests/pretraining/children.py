@@ -1,6 +1,7 @@
 """Runs the stage in processes that can be killed: ``Children().start(tokens, out, config)``.
 
-With ``freeze_when`` a run stops itself at an instant at which the function, called in the run, holds. A fork server imports torch and DeepSpeed once; every run is then a real process of its own.
+With ``freeze_when`` a run stops itself at an instant at which the function, called in the run, holds. A fork server
+imports torch and DeepSpeed once; every run is then a real process of its own.
 """
 
 from __future__ import annotations
