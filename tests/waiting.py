@@ -24,6 +24,7 @@ def wait_for(condition: Callable[[], Found], what: str, ceiling_s: float = CEILI
     """
     end_s = time.monotonic() + ceiling_s
     while not (found := condition()):
+        # time is the subject: a hang becomes a failure here, once for all tests
         assert time.monotonic() < end_s, f"waited {ceiling_s:.0f} s in vain for {what}"
         time.sleep(0.005)
     return found

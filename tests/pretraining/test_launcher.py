@@ -202,7 +202,7 @@ import os, time
 flush = os.fsync
 def slow(descriptor):
     if "/.step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
-        time.sleep(float(os.environ["SLOW_FSYNC_S"]))
+        time.sleep(float(os.environ["SLOW_FSYNC_S"]))  # time is the subject: the shortest that a flush may take
         with open(os.environ["SLOW_FSYNC_LOG"], "a") as log:
             log.write("x")
     flush(descriptor)

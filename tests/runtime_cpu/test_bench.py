@@ -273,8 +273,11 @@ def test_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = tmp_path / "big"
     big.write_bytes(bytes(80 << 20))
     read = disk_rate(big)
-    assert 0 < read.get("bytes", 0) <= 80 << 20 < 1 << 40 or "O_DIRECT" in read["unavailable"]
-    assert read.get("bytes", 0) % (8 << 20) == 0 and read.get("read_bytes_per_s", 1) > 0
+    if "unavailable" in read:
+        assert "O_DIRECT" in read["unavailable"]
+    else:  # whole blocks, as many as came before the time for it was over
+        assert 0 < read["bytes"] <= 80 << 20 and read["bytes"] % (8 << 20) == 0
+        assert read["read_bytes_per_s"] > 0
     drop_cached(big)
 
 
@@ -286,6 +289,7 @@ def test_a_burning_process_shows_and_is_not_ours() -> None:
     before = set(psutil.Process().children())
     with contention(True):
         (burner,) = set(psutil.Process().children()) - before
+        # time is the subject: a processor's, which passes however busy the machine is
         wait_for(lambda: (process_cpu_s(burner.pid) or 0) > 0.5, "half a second of burning")
         busy_after, own_after = busy_cpu_s(), process_cpu_s(os.getpid())
     assert busy_after is not None and busy_after - busy > 0.3, "the burning process does not show"

@@ -162,7 +162,11 @@ def test_damaged_dense_matrices_are_refused_at_once(files: tuple[Path, Path], tm
     assert name
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(place=st.floats(0, 1), change=st.integers(1, 255), cut=st.booleans())
 def test_no_bent_byte_passes(
     files: tuple[Path, Path], tmp_path: Path, place: float, change: int, cut: bool

@@ -369,7 +369,11 @@ FIELDS = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     route=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
     body=st.dictionaries(st.sampled_from(sorted(FIELDS)), json_values, max_size=5),
@@ -386,7 +390,11 @@ def test_no_body_breaks_the_server(server: Server, route: str, body: dict[str, A
         assert "/" not in error["message"] or "nothing at" in error["message"] or body, "no paths in errors"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(body=st.binary(max_size=200))
 def test_no_bytes_break_the_server(server: Server, body: bytes) -> None:
     assert post(server, body).status_code == 400

@@ -59,7 +59,7 @@ def test_one_that_stays_silent_is_given_up(tmp_path: Path) -> None:
     server, _ = make(tmp_path, "import time; print('thinking', flush=True); time.sleep(600)")
     with server, pytest.raises(StageError, match=r"(?s)within 1 s.*thinking"):
         wait_for(lambda: "thinking" in server.last_lines(), "its first line")
-        server.wait_ready(1)  # it never answers, so any limit is over at some time
+        server.wait_ready(1)  # time is the subject: it never answers, so that any limit is exceeded
 
 
 def test_missing_program(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_time_limit_is_counted(
     clock = SimpleNamespace(monotonic=lambda: 0.3 * len(teacher.asked()))
     for module in (client_module, stage_module):
         monkeypatch.setattr(module, "time", clock)
+    # time is the subject: of the clock above
     made = context(teacher=teacher.config(concurrency=1), time_limit_s=0.8)
     run(made)
     counts = json.loads((made.out / "counts.json").read_text())
