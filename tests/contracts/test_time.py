@@ -47,6 +47,7 @@ HANGING = {
     "a limit on a pipe": "def test():\n    process.communicate(None, 10)\n",
     "a limit on an answer": "def test():\n    urlopen(url, timeout=5)\n",
     "a limit of our own": "def test():\n    assert run_program(source, timeout_s=10).passed\n",
+    "a limit of our own by position": "def test():\n    assert judge_programs(samples, 1.0) == [True]\n",
     "a limit that nobody asked for": "import httpx\ndef test():\n    httpx.get(url)\n",
     "a limit on drawing": "@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])\ndef test(): ...\n",
     "a limit on an example": "@settings(deadline=200)\ndef test(): ...\n",

@@ -23,8 +23,21 @@ _CLOCKS = frozenset(
 )
 _MEASURED = re.compile(r"(_s|_ms|_us|_ns|elapsed|duration|seconds)$")
 _LIMITS = re.compile(r"^(timeout|.*(timeout|ceiling|limit|patience|wait)_s)$")
-# Methods that take their limit by position, and where.
-_LIMIT_AT = {"wait": 0, "join": 0, "result": 0, "wait_ready": 0, "communicate": 1, "acquire": 1, "get": 1}
+# Functions and methods that take their limit by position, and where.
+_LIMIT_AT = {
+    "wait": 0,
+    "join": 0,
+    "result": 0,
+    "wait_ready": 0,
+    "communicate": 1,
+    "acquire": 1,
+    "get": 1,
+    "create_connection": 1,
+    "run_program": 1,
+    "judge_programs": 1,
+    "engine_command": 2,
+    "wait_for": 2,
+}
 _ORDERS = (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 _COMPARISONS = (*_ORDERS, ast.Eq, ast.NotEq)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -190,12 +203,12 @@ def _number(node: ast.expr | None) -> float | None:
 def _limit(call: ast.Call) -> float | None:
     """The smallest literal among a call's limits, in seconds."""
     values = [word.value for word in call.keywords if word.arg and _LIMITS.match(word.arg)]
-    if isinstance(call.func, ast.Attribute):
-        name, place = call.func.attr, _LIMIT_AT.get(call.func.attr)
-        # dict.get(key, 0) is no queue's get(True, 5).
-        is_dict = name == "get" and not (call.args and isinstance(getattr(call.args[0], "value", None), bool))
-        if place is not None and len(call.args) > place and not is_dict:
-            values.append(call.args[place])
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+    place = _LIMIT_AT.get(name)
+    # dict.get(key, 0) is no queue's get(True, 5).
+    is_dict = name == "get" and not (call.args and isinstance(getattr(call.args[0], "value", None), bool))
+    if place is not None and len(call.args) > place and not is_dict:
+        values.append(call.args[place])
     numbers = [number for value in values if (number := _number(value)) is not None]
     return min(numbers, default=None)
 
