@@ -15,7 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime_cpu import Engine, EngineError, ModelFileError, _core, pack
+from runtime_cpu import Engine, EngineError, ModelFileError, _core
+from runtime_cpu.pack.__main__ import main as pack_main
+from runtime_cpu.pack.packing import pack
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "gguf"
@@ -23,15 +25,26 @@ PROMPT = [int(i) for i in np.load(GOLDEN / "tiny-21b-q4_0.npz")["input_ids"][:40
 SMALL = Shape(layers=3, hidden=64, heads=4, head_dim=16, experts=6, used=2, expert_hidden=64, vocab=70)
 
 
-def offloading(path: Path, slots: int, threads: int = 2, reader: str = "auto", policy: str = "") -> Engine:
-    """An engine with room for so many experts, whatever this process weighs."""
-    engine = Engine.open(path, threads=threads, context=128, chunk_tokens=16)
-    model = engine._model
-    room = slots * model.expert_bytes
-    engine._runtime = _core.Runtime(
-        model, threads, 128, "auto", engine.info.kernels, 16, room, reader, policy, True
+def offloading(
+    path: Path, slots: int, threads: int = 2, reader: str = "auto", policy: str = ""
+) -> tuple[Engine, _core.Runtime]:
+    """An engine with room for so many experts, whatever this process weighs; 0: all are in memory."""
+    with Engine.open(path, threads=threads, context=128, chunk_tokens=16) as opened:
+        info = opened.info
+    model = _core.Model.open(str(path))
+    runtime = _core.Runtime(
+        model=model,
+        threads=threads,
+        context=128,
+        kv_type="auto",
+        kernels=info.kernels,
+        chunk_tokens=16,
+        expert_cache_bytes=slots * model.expert_bytes,
+        reader=reader,
+        policy=policy,
+        speculate=True,
     )
-    return engine
+    return Engine(runtime, model, info, chunk_tokens=16, wait_s=600), runtime
 
 
 @pytest.fixture(scope="module", params=["tiny-4b", "tiny-21b", "small-untied"])
@@ -42,7 +55,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         stock = write_model(folder / "stock.gguf", SMALL, random_weights(SMALL, 3), "Q4_0")
     else:
         stock = GOLDEN / f"{request.param}-q4_0.gguf"
-    pack.pack(stock, folder / "packed.gguf", threads=2)
+    pack(stock, folder / "packed.gguf", threads=2)
     return stock, folder / "packed.gguf"
 
 
@@ -54,7 +67,7 @@ def test_a_packed_file_gives_the_same_bits(files: tuple[Path, Path]) -> None:
     stock, packed = (Engine.open(path, threads=2, context=128) for path in files)
     with stock, packed:
         prompt = prompt_for(stock)
-        assert packed._model.packed and not stock._model.packed
+        assert [_core.Model.open(str(path)).packed for path in files] == [False, True]
         assert packed.info.parameters == stock.info.parameters
         assert packed.info.file_type == stock.info.file_type == "Q4_0"
         if "avx512" in stock.info.kernels:  # others read stock rows of a stock file
@@ -71,15 +84,18 @@ def test_a_packed_file_gives_the_same_bits(files: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("source", ["stock", "packed"])
 def test_experts_on_disk_give_the_same_bits(files: tuple[Path, Path], source: str, reader: str) -> None:
     path = files[source == "packed"]
-    with offloading(path, 10**6) as whole:
+    whole, runtime = offloading(path, 10**6)
+    with whole:
         prompt = prompt_for(whole)
         expected = whole.logits(prompt)
         used = whole.info.experts_per_token
         generated = [t.id for t in whole.generate(prompt[:9], 12, stop_ids=())]
-        assert whole._runtime is not None and not whole._runtime.expert_counters()
+        assert not runtime.expert_counters()
     for slots, threads in ((used, 1), (used + 1, 3), (2 * used, 2), (whole.info.experts, 4)):
         try:
-            engine = offloading(path, slots, threads, reader=reader, policy="lru" if slots == used else "")
+            engine, runtime = offloading(
+                path, slots, threads, reader=reader, policy="lru" if slots == used else ""
+            )
         except EngineError as error:
             if reader == "page_cache":
                 raise
@@ -90,8 +106,7 @@ def test_experts_on_disk_give_the_same_bits(files: tuple[Path, Path], source: st
             assert tokens == generated
             stats = engine.stats
             assert stats.cache_misses > 0 and stats.bytes_read > 0 and 0 <= stats.cache_hit_rate < 1
-            assert engine._runtime is not None
-            assert engine._runtime.expert_counters()["backend"] == reader
+            assert runtime.expert_counters()["backend"] == reader
 
 
 def test_statistics_put_hot_experts_first(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -102,31 +117,33 @@ def test_statistics_put_hot_experts_first(files: tuple[Path, Path], tmp_path: Pa
         counts = engine.stats.expert_counts
     stats = tmp_path / "stats.json"
     stats.write_text(json.dumps({"expert_counts": counts}))
-    assert pack.main([str(stock), str(tmp_path / "hot.gguf"), "--stats", str(stats)]) == 0
-    with offloading(packed, 10**6) as plain, offloading(tmp_path / "hot.gguf", 10**6) as hot:
+    assert pack_main([str(stock), str(tmp_path / "hot.gguf"), "--stats", str(stats)]) == 0
+    (plain, _), (hot, _) = offloading(packed, 10**6), offloading(tmp_path / "hot.gguf", 10**6)
+    with plain, hot:
         assert np.array_equal(plain.logits(prompt), hot.logits(prompt))
         order = np.reshape(hot.metadata["smallthinker.packed.expert_order"], np.shape(counts))
         ranked = np.take_along_axis(np.asarray(counts), order, 1)
         assert (np.diff(ranked, axis=1) <= 0).all()
-    with offloading(tmp_path / "hot.gguf", 4) as small:  # warmed from the statistics
-        assert small._runtime is not None
+    small, runtime = offloading(tmp_path / "hot.gguf", 4)
+    with small:  # warmed from the statistics
         deadline = time.monotonic() + 10
-        while small._runtime.expert_counters()["bytes_read"] < 4 * small._model.expert_bytes:
+        while runtime.expert_counters()["bytes_read"] < 4 * _core.Model.open(str(packed)).expert_bytes:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert np.array_equal(small.logits(prompt), plain_bits(packed, prompt))
 
 
 def plain_bits(path: Path, prompt: list[int]) -> np.ndarray:
-    with offloading(path, 10**6) as engine:
+    with offloading(path, 10**6)[0] as engine:
         return engine.logits(prompt)
 
 
 def test_bits_do_not_depend_on_what_has_been_copied(files: tuple[Path, Path]) -> None:
     """Experts are computed with in the file's own pages until the background threads have copied them."""
-    with Engine.open(files[1], threads=2, context=128) as engine:
+    engine, runtime = offloading(files[1], 0)
+    with engine:
         prompt = prompt_for(engine)
-        engine._runtime.load_all()
+        runtime.load_all()
         expected = engine.logits(prompt)
     for _ in range(15):
         with Engine.open(files[1], threads=4, context=128) as engine:
@@ -142,7 +159,7 @@ def test_damaged_experts_end_the_request_and_nothing_else(files: tuple[Path, Pat
     bent = tmp_path / "bent.gguf"
     bent.write_bytes(packed)
     for slots in (10**6, model.experts_per_token):
-        with offloading(bent, slots) as engine:
+        with offloading(bent, slots)[0] as engine:
             prompt = prompt_for(engine)
             with pytest.raises(EngineError, match="checksum"):
                 engine.logits(prompt)
@@ -177,7 +194,7 @@ def test_no_bent_byte_passes(
     )
     prompt: list[int] = []
     try:
-        with offloading(bent, 4) as engine:
+        with offloading(bent, 4)[0] as engine:
             prompt = prompt_for(engine)[:6]
             assert engine.logits(prompt).shape[0] == len(prompt)
     except (EngineError, ValueError):
@@ -205,11 +222,11 @@ def test_what_cannot_be_packed(
         ([str(stock), str(tmp_path / "x.gguf"), "--stats", str(stock)], "no expert_counts"),
     ]
     for arguments, message in cases:
-        assert pack.main(arguments) == 2
+        assert pack_main(arguments) == 2
         assert message in capsys.readouterr().err
     bad = tmp_path / "stats.json"
     bad.write_text('{"expert_counts": [[1, 2], [3]]}')
-    assert pack.main([str(stock), str(tmp_path / "x.gguf"), "--stats", str(bad)]) == 2
+    assert pack_main([str(stock), str(tmp_path / "x.gguf"), "--stats", str(bad)]) == 2
     assert list(tmp_path.glob("*.gguf")) == []
 
 
@@ -235,6 +252,6 @@ def test_an_interrupted_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
                 engine.logits([1, 2, 3])
             target.unlink()
     assert killed > 0
-    assert pack.main([str(stock), str(target)]) == 0
+    assert pack_main([str(stock), str(target)]) == 0
     with Engine.open(target, context=32) as engine:
         assert np.isfinite(engine.logits([1, 2, 3])).all()
