@@ -203,7 +203,7 @@ def test_no_bent_byte_passes(
     inside = [
         name for name, kind, _, offset, size in weights if kind == "I8" and offset <= at < offset + size
     ]
-    with offloading(files[1], 4) as sound, offloading(bent, 4) as engine:
+    with offloading(files[1], 4)[0] as sound, offloading(bent, 4)[0] as engine:
         if inside and inside != ["experts.checksums"]:
             # Experts that this prompt does not use keep their damage to themselves.
             assert np.array_equal(engine.logits(prompt), sound.logits(prompt))
