@@ -10,9 +10,11 @@ from pathlib import Path
 
 from runtime_cpu import _core
 from runtime_cpu.bench.machine import MachineError, contention, describe_machine, disk_rate, read_bandwidth
-from runtime_cpu.bench.measuring import OURS, BenchError, Workload, bench, require_peer
+from runtime_cpu.bench.measuring import bench
+from runtime_cpu.bench.process import require_peer
 from runtime_cpu.bench.report import ReportError, log_to_mlflow, plot, ratios, table
 from runtime_cpu.bench.worker import PEER_MODULE, versions
+from runtime_cpu.bench.workload import OURS, BenchError, Workload
 from runtime_cpu.console import add_kv_option, show_progress
 from runtime_cpu.engine.head_predictor import HEADS
 from runtime_cpu.engine.options import available_cores, model_file

@@ -25,9 +25,10 @@ from runtime_cpu.bench.machine import (
     measure_bandwidth,
     process_cpu_s,
 )
-from runtime_cpu.bench.measuring import BenchError, Workload, bench
+from runtime_cpu.bench.measuring import bench
 from runtime_cpu.bench.report import ReportError, Row, Spread, plot, ratios, table
 from runtime_cpu.bench.worker import PEER_MODULE, OurEngine
+from runtime_cpu.bench.workload import BenchError, Workload
 from runtime_cpu.memory.traffic import kv_bytes, weight_bytes
 from runtime_cpu.synth.shapes import Shape
 from runtime_cpu.synth.synthesis import write as synth_write
