@@ -6,10 +6,17 @@ for token in engine.generate(engine.tokenizer.encode("Hello"), max_tokens=32):
     ...
 """
 
+import sys
+
 from runtime_cpu._core import EngineError, ModelFileError
-from runtime_cpu.engine import Engine, EngineBusyError, ModelInfo
-from runtime_cpu.generation import Generation, Stats, Token
-from runtime_cpu.memory import MemoryBudgetError, MemoryPlan
+from runtime_cpu.commands.table import CommandFinder
+from runtime_cpu.engine.engine import Engine
+from runtime_cpu.engine.generation import Generation
+from runtime_cpu.engine.info import ModelInfo
+from runtime_cpu.engine.sampling import Token
+from runtime_cpu.engine.sessions import EngineBusyError
+from runtime_cpu.engine.stats import Stats
+from runtime_cpu.memory.plan import MemoryBudgetError, MemoryPlan
 
 __all__ = [
     "Engine",
@@ -23,3 +30,7 @@ __all__ = [
     "Stats",
     "Token",
 ]
+
+# So that `python -m runtime_cpu.chat` and its like find their modules in `commands/`.
+if CommandFinder not in sys.meta_path:
+    sys.meta_path.append(CommandFinder)

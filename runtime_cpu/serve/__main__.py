@@ -13,13 +13,14 @@ from pathlib import Path
 
 import uvicorn
 
-from runtime_cpu import Engine, EngineError
-from runtime_cpu.chat_template import ChatTemplateError
-from runtime_cpu.head_predictor import HEADS
-from runtime_cpu.memory import format_bytes
-from runtime_cpu.options import add_kv_option
+from runtime_cpu._core import EngineError
+from runtime_cpu.console import add_kv_option
+from runtime_cpu.engine.engine import Engine
+from runtime_cpu.engine.head_predictor import HEADS
+from runtime_cpu.memory.plan import format_bytes
 from runtime_cpu.serve.app import ServerSettings, build_app
-from runtime_cpu.tokenizer import TokenizerError
+from runtime_cpu.text.chat_template import ChatTemplateError
+from runtime_cpu.text.tokenizer import TokenizerError
 
 KEY_VARIABLE = "SMALLTHINKER_API_KEY"
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime_cpu.generation import Token
-from runtime_cpu.tokenizer import Tokenizer
+from runtime_cpu.engine.sampling import Token
+from runtime_cpu.text.tokenizer import Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # OpenAI's stand-in for minus infinity, which JSON lacks
 

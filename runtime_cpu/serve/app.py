@@ -27,8 +27,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from runtime_cpu.chat_template import ChatTemplateError
-from runtime_cpu.engine import Engine
+from runtime_cpu.engine.engine import Engine
 from runtime_cpu.serve.answer import Answer, TokenLogprob
 from runtime_cpu.serve.errors import ApiError
 from runtime_cpu.serve.metrics import ServerMetrics
@@ -40,6 +39,7 @@ from runtime_cpu.serve.parameters import (
 )
 from runtime_cpu.serve.responses import ChatShape, CompletionShape
 from runtime_cpu.serve.worker import Ticket, Worker
+from runtime_cpu.text.chat_template import ChatTemplateError
 
 _log = logging.getLogger("runtime_cpu.serve")
 _CLOSED_BY_CLIENT = 499  # nginx's number; never sent, only counted

@@ -10,9 +10,8 @@ from __future__ import annotations
 import threading
 from collections import Counter, defaultdict
 
-from runtime_cpu.generation import Stats
-from runtime_cpu.memory import resident_bytes
-from runtime_cpu.peak_memory import peak_resident_bytes
+from runtime_cpu.engine.stats import Stats
+from runtime_cpu.memory.process import peak_resident_bytes, resident_bytes
 
 PREFIX = "smallthinker"
 

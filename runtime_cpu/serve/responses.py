@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from runtime_cpu.generation import Stats
+from runtime_cpu.engine.stats import Stats
 from runtime_cpu.serve.answer import TokenLogprob
 
 

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-from runtime_cpu.engine import Engine
-from runtime_cpu.generation import Stats, Token
+from runtime_cpu.engine.engine import Engine
+from runtime_cpu.engine.sampling import Token
+from runtime_cpu.engine.stats import Stats
 from runtime_cpu.serve.errors import ApiError
 from runtime_cpu.serve.metrics import ServerMetrics
 

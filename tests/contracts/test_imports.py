@@ -25,7 +25,7 @@ NOT_ON_AN_EDGE_BOX = {
     "torch", "transformers", "deepspeed", "prefect", "mlflow", "datatrove", "lm_eval", "accelerate", "datasets",
 }  # fmt: skip
 # Imported when a command's option asks for it, with a sentence of its own where it is missing.
-ON_REQUEST = {("runtime_cpu/bench_report.py", "mlflow")}
+ON_REQUEST = {("runtime_cpu/bench/report.py", "mlflow")}
 MODULE_LINES = 600
 TEST_LINES = 800  # tests read as lists
 WORK, ROOT, FARM = "work", "root", "farm"

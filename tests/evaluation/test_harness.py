@@ -12,8 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from components.artifacts import StageContext, StageError, write_json
-from components.evaluation import run
-from components.evaluation import harness
+from components.evaluation import harness, run
 from components.evaluation.activations import HeldOutText, measure
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.language_model import SharedPrefixLM

@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from components.export.gguf_file import write_gguf
 from components.export.vocabulary import read_vocabulary
 from model import OfficialCheckpoint
-from runtime_cpu.huggingface import HuggingFaceFolder
+from runtime_cpu.files.huggingface import HuggingFaceFolder
 from tests.runtime_cpu import gguf_vocabulary
 from tests.runtime_cpu.small_folders import VOCAB, write_folder, write_tokenizer
 

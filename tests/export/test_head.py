@@ -27,7 +27,8 @@ from components.export.head_states import collect_states, head_weight, split_win
 from components.export.head_study import measure, screens, study
 from flows.overrides import resolve
 from model import SmallThinkerConfig, SmallThinkerForCausalLM
-from runtime_cpu import Engine, pack
+from runtime_cpu import Engine
+from runtime_cpu.pack.packing import pack
 from tests.export.test_stage import inputs  # noqa: F401  a fixture
 
 VOCAB, HIDDEN = 1024, 64
@@ -151,7 +152,7 @@ def test_the_stage_writes_a_predictor_that_the_engine_runs(inputs, tmp_path: Pat
             exact = engine.logits(list(range(40)))
         named = ~np.isneginf(found)
         assert np.array_equal(found[named], exact[named]) and 0 < share < 1
-    pack.pack(out / "gguf/toy-q4_0.gguf", out / "packed.gguf")
+    pack(out / "gguf/toy-q4_0.gguf", out / "packed.gguf")
     with Engine.open(out / "packed.gguf", head="predictor", sessions=1) as engine:
         assert engine.info.head_predictor is not None
         assert np.isneginf(engine.logits([1, 2, 3])).any()

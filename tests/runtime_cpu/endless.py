@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from runtime_cpu import Engine
-from runtime_cpu.generation import Generation, Token
+from runtime_cpu import Generation, Token
 
 _generate, _next = Engine.generate, Generation.__next__
 

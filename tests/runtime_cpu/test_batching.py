@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime_cpu import Engine, EngineError
-from runtime_cpu.batching import Batcher
+from runtime_cpu import Engine, EngineError, _core
+from runtime_cpu.engine.batching import Batcher, Decode
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 from tests.waiting import wait_for
 
@@ -51,19 +52,29 @@ def answers(engine: Engine, together: int) -> tuple[list[list[tuple[int, float]]
         if together > 1:
             # Nobody computes until the three that guess nothing are there, so that they are computed together.
             wait_for(lambda: begin.n_waiting == together, "the first tokens")
-            with engine._compute_lock:
+            with engine._scheduler._lock:
                 begin.wait()
-                wait_for(lambda: len(engine._batcher._waiting) >= 3, "steps to compute together")
+                wait_for(lambda: len(engine._scheduler._batcher._waiting) >= 3, "steps to compute together")
         return [answer.result() for answer in answering], stats
 
 
-def test_together_is_the_same_as_alone(model: Path) -> None:
+def test_together_is_the_same_as_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def recording(lock: threading.Lock, decode: Decode, most: int) -> Batcher:
+        def counted(sessions: Sequence[_core.Session], ids: np.ndarray, rows: np.ndarray) -> None:
+            sizes.append(len(sessions))
+            decode(sessions, ids, rows)
+
+        return Batcher(lock, counted, most)
+
+    monkeypatch.setattr("runtime_cpu.engine.scheduling.Batcher", recording)
     with Engine.open(model, threads=2, context=200, sessions=6) as engine:
         alone, _ = answers(engine, 1)
-        assert engine._batcher.largest == 1
+        assert set(sizes) == {1}
         together, stats = answers(engine, 6)
         assert together == alone
-        assert engine._batcher.largest > 1, "nothing was ever computed together"
+        assert max(sizes) > 1, "nothing was ever computed together"
         for one in stats:  # every layer of every token has chosen its three experts, whoever ran beside it
             counts = np.asarray(one["counts"])
             assert len(set(counts.sum(1))) == 1 and counts.sum() % (4 * 3) == 0

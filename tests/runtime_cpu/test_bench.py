@@ -13,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 
-from runtime_cpu import _core, bench_machine, bench_worker, synth
-from runtime_cpu.bench import BenchError, Plan, bench
-from runtime_cpu.bench_machine import (
+from runtime_cpu import _core
+from runtime_cpu.bench import machine as bench_machine
+from runtime_cpu.bench import worker as bench_worker
+from runtime_cpu.bench.machine import (
     MachineError,
     MemoryCgroup,
     busy_cpu_s,
@@ -25,9 +26,13 @@ from runtime_cpu.bench_machine import (
     measure_bandwidth,
     process_cpu_s,
 )
-from runtime_cpu.bench_report import ReportError, Row, Spread, plot, ratios, table
-from runtime_cpu.bench_worker import PEER_MODULE, OurEngine
-from runtime_cpu.traffic import kv_bytes, weight_bytes
+from runtime_cpu.bench.measuring import bench
+from runtime_cpu.bench.report import ReportError, Row, Spread, plot, ratios, table
+from runtime_cpu.bench.worker import PEER_MODULE, OurEngine
+from runtime_cpu.bench.workload import BenchError, Workload
+from runtime_cpu.memory.traffic import kv_bytes, weight_bytes
+from runtime_cpu.synth.shapes import Shape
+from runtime_cpu.synth.synthesis import write as synth_write
 from tests.runtime_cpu.servers import MODEL
 from tests.waiting import CEILING_S, wait_for
 
@@ -74,16 +79,16 @@ def test_every_option_at_once(tmp_path: Path) -> None:
 
 
 def test_only_what_is_read_counts(tmp_path: Path) -> None:
-    shape = synth.Shape("m", 12, 512, 4, 2, 64, 32, 4, 96, 4096, 1024, 0, False, True)
+    shape = Shape("m", 12, 512, 4, 2, 64, 32, 4, 96, 4096, 1024, 0, False, True)
     path = tmp_path / "m.gguf"
-    synth.write(path, shape, head_share=0.1)
+    synth_write(path, shape, head_share=0.1)
     done = run(
         *(path, "--runs", 1, "--prompt", 24, "--decode", 12, "--threads", 1, "--kv", "q8", "--json", "-"),
         *("--head", "predictor"),
     )
     assert done.returncode == 0, done.stderr
     (predicted,) = json.loads(done.stdout)["rows"]
-    ((exact,), _, _) = bench(Plan(path, [1], 1, 24, 12, kv_type="q8"))
+    ((exact,), _, _) = bench(Workload(path, [1], 1, 24, 12, kv_type="q8"))
     model = _core.Model.open(str(path))
     for row, head in ((asdict(exact), "exact"), (predicted, "predictor")):
         share = row["head_row_share"]
@@ -99,7 +104,7 @@ def test_only_what_is_read_counts(tmp_path: Path) -> None:
     assert 0.7 * saved < exact.weight_bytes_per_token - predicted["weight_bytes_per_token"] < saved
     assert f"{predicted['head_row_share']:.1%} of the output rows were computed" in done.stderr
     with pytest.raises(BenchError, match="has no predictor of its head's rows"):
-        bench(Plan(MODEL, [1], 1, 8, 2, head="predictor"))
+        bench(Workload(MODEL, [1], 1, 8, 2, head="predictor"))
 
 
 def test_prompts_only(tmp_path: Path) -> None:
@@ -112,7 +117,7 @@ def test_prompts_only(tmp_path: Path) -> None:
 
 
 def test_a_memory_limit_reaches_the_engine_and_the_kernel() -> None:
-    rows, _, notes = bench(Plan(MODEL, [1], 1, 8, 2, memory_bytes=400 << 20))
+    rows, _, notes = bench(Workload(MODEL, [1], 1, 8, 2, memory_bytes=400 << 20))
     if notes:
         assert "not enforced by the kernel" in notes[0]
     else:
@@ -136,7 +141,7 @@ def test_the_kernel_kills_what_exceeds_its_group(tmp_path: Path) -> None:
         assert (group.peak_bytes() or 0) >= 60 << 20
     finally:
         group.remove()
-    assert not group._folder.exists()
+    assert not group.folder.exists()
 
 
 def test_depth_changes_what_is_attended_to_and_is_computed_once() -> None:
@@ -146,9 +151,9 @@ def test_depth_changes_what_is_attended_to_and_is_computed_once() -> None:
         random.integers(0, engine.vocab_size, count).astype(np.int32) for count in (100, 8, 8)
     )
     engine.measure(before, prompt, 2)
-    assert engine._engine.stats.reused_tokens == 100
+    assert engine.engine.stats.reused_tokens == 100
     engine.measure(before, other, 2)
-    assert engine._engine.stats.reused_tokens == 100
+    assert engine.engine.stats.reused_tokens == 100
     times = engine.measure(np.empty(0, np.int32), prompt, 0)
     assert times["decode_s"] == 0 < times["prompt_s"] <= times["first_token_s"]
 
@@ -225,7 +230,7 @@ def test_the_report_reaches_mlflow(tmp_path: Path) -> None:
 
 
 def test_the_workers_file_runs_without_our_package(tmp_path: Path) -> None:
-    """The peer's environment has numpy and llama_cpp; the folder of the file shadows the standard library."""
+    """The peer's environment has numpy and llama_cpp; the folder of the file comes first on its path."""
     program = (
         "import runpy, sys\n"
         "sys.modules['runtime_cpu'] = None\n"
@@ -233,9 +238,7 @@ def test_the_workers_file_runs_without_our_package(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "numpy" in json.loads(done.stdout), done.stderr
-    done = subprocess.run(
-        [sys.executable, "-I", bench_worker.__file__, "versions"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, bench_worker.__file__, "versions"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

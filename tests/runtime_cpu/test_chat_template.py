@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from runtime_cpu import _core
-from runtime_cpu.chat_template import CHATML_TEMPLATE, ChatTemplate, ChatTemplateError
-from runtime_cpu.tokenizer import Tokenizer
+from runtime_cpu.text.chat_template import CHATML_TEMPLATE, ChatTemplate, ChatTemplateError
+from runtime_cpu.text.tokenizer import Tokenizer
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, read_metadata, train, write_gguf
 
 # What published templates of this family do: defaults, stripping, thoughts cut out, JSON, loop controls, macros.
@@ -136,7 +136,7 @@ def test_control_tokens_without_a_bar_are_guarded_too(tokenizer: Tokenizer) -> N
 
 
 def tokenizer_character(byte: int) -> str:
-    from runtime_cpu.tokenizer import byte_alphabet
+    from runtime_cpu.text.tokenizer import byte_alphabet
 
     return byte_alphabet()[byte]
 

@@ -15,9 +15,9 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime_cpu import pack
-from runtime_cpu.checkpoint_files import MAX_HEADER_BYTES, CheckpointError, WeightFile
-from runtime_cpu.huggingface import HuggingFaceFolder
+from runtime_cpu.files.checkpoint_files import MAX_HEADER_BYTES, CheckpointError, WeightFile
+from runtime_cpu.files.huggingface import HuggingFaceFolder
+from runtime_cpu.pack.__main__ import main as pack_main
 from tests.runtime_cpu import gguf_vocabulary
 from tests.runtime_cpu.small_folders import CONFIG, VOCAB, safetensors_bytes, write_folder, write_tokenizer
 
@@ -190,7 +190,7 @@ def test_malformed_folders_are_refused(name: str, bent: Path, capsys: pytest.Cap
     damage, message = MALFORMED[name]
     damage(bent)
     assert message in refusal(bent)
-    assert pack.main([str(bent), str(bent / "out.gguf")]) == 2
+    assert pack_main([str(bent), str(bent / "out.gguf")]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and not list(bent.glob("*out.gguf*"))
 
@@ -265,7 +265,7 @@ def test_weights_that_end_early_or_are_not_finite_leave_nothing(
     os.truncate(path, path.stat().st_size - 2)
     with path.open("ab") as file:
         file.write(b"\xc0\x7f")  # a bfloat16 NaN ends lm_head
-    assert pack.main([str(bent), str(bent / "out.gguf")]) == 2
+    assert pack_main([str(bent), str(bent / "out.gguf")]) == 2
     assert "lm_head.weight holds a weight that is no finite number" in capsys.readouterr().err
     assert sorted(p.name for p in bent.iterdir() if "out" in p.name) == []
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from runtime_cpu import Engine
-from runtime_cpu.bench import Spread
-from runtime_cpu.bench_worker import versions
-from runtime_cpu.perplexity import measure, read_tokens, surprise
-from runtime_cpu.traffic import weight_bytes
+from runtime_cpu.bench.report import Spread
+from runtime_cpu.bench.worker import versions
+from runtime_cpu.commands.perplexity import measure, surprise
+from runtime_cpu.memory.traffic import weight_bytes
+from runtime_cpu.text.token_files import read_tokens
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 from tests.waiting import CEILING_S, wait_for
 
@@ -275,8 +276,9 @@ def test_the_engine_stands_alone() -> None:
     """An edge box has neither torch nor the pipeline: no command may import them."""
     program = (
         "import sys\n"
-        "import runtime_cpu.serve.__main__, runtime_cpu.chat, runtime_cpu.bench\n"
-        "import runtime_cpu.perplexity, runtime_cpu.logits\n"
+        "import importlib\n"
+        "from runtime_cpu.commands.table import COMMANDS\n"
+        "for command in COMMANDS.values():\n    importlib.import_module(command.module)\n"
         "bad = {'torch', 'transformers', 'pydantic', 'model', 'components', 'flows', 'gguf'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from runtime_cpu import Engine, EngineBusyError, EngineError, MemoryBudgetError, ModelFileError
-from runtime_cpu.memory import parse_bytes
+from runtime_cpu.memory.plan import parse_bytes
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "gguf"

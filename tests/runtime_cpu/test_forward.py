@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from runtime_cpu import Engine
-from runtime_cpu.engine import available_kernels
+from runtime_cpu.engine.options import available_kernels
 from tests.runtime_cpu.small_models import (
     Shape,
     random_weights,

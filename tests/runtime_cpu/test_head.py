@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from runtime_cpu import Engine, EngineError, ModelFileError, inspect, pack
-from runtime_cpu.engine import available_kernels
+from runtime_cpu import Engine, EngineError, ModelFileError
+from runtime_cpu.commands.inspect_model import inspect
+from runtime_cpu.commands.inspect_model import main as inspect_main
+from runtime_cpu.engine.options import available_kernels
+from runtime_cpu.pack.packing import pack
 from runtime_cpu.serve.__main__ import main as serve
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
@@ -65,7 +68,7 @@ def test_computed_rows_have_the_exact_bits_and_the_others_are_minus_infinity(
     path = stock
     if form == "packed":
         path = tmp_path / "packed.gguf"
-        pack.pack(stock, path)
+        pack(stock, path)
     with Engine.open(path, threads=1, kernels=kernels) as engine:
         exact = engine.logits(PROMPT)
         assert engine.info.head == "exact" and engine.stats.head_row_share == 1.0
@@ -146,7 +149,7 @@ def test_a_predictor_changes_nothing_for_those_who_do_not_ask(tmp_path: Path) ->
         for name in ("parameters", "weight_bytes", "kv_type", "file_type", "head"):
             assert getattr(one.info, name) == getattr(other.info, name)
         assert one.info.plan.weight_bytes == other.info.plan.weight_bytes
-    reports = [inspect.inspect(path)["per_token"] for path in (with_it, without)]
+    reports = [inspect(path)["per_token"] for path in (with_it, without)]
     assert reports[0] == reports[1]
 
 
@@ -179,16 +182,16 @@ def test_people_are_told_what_can_be_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stock, packed = write(tmp_path / "m.gguf"), tmp_path / "packed.gguf"
-    pack.pack(stock, packed)
+    pack(stock, packed)
     sentence = "tokens can be lost: at export the predictor named 98.70% of the rows that matter, and missed"
     for path in (stock, packed):
         with Engine.open(path, head="predictor") as engine:
             assert sentence in str(engine.info.head_predictor) and "1.25% of positions" in str(
                 engine.info.head_predictor
             )
-        assert inspect.main([str(path)]) == 0
+        assert inspect_main([str(path)]) == 0
         assert sentence in capsys.readouterr().out
-        assert inspect.main([str(path), "--json"]) == 0
+        assert inspect_main([str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["head_predictor"]["width"] == WIDTH
     monkeypatch.setattr("runtime_cpu.serve.__main__.build_app", lambda *_: None)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: None)

@@ -19,10 +19,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime_cpu import Engine, inspect, pack, torch_file
-from runtime_cpu.checkpoint_files import CheckpointError
-from runtime_cpu.head_import import DEFAULT_THRESHOLD, ImportedPredictor
-from runtime_cpu.torch_file import TorchFile
+from runtime_cpu import Engine, _core
+from runtime_cpu.commands.inspect_model import inspect
+from runtime_cpu.commands.inspect_model import main as inspect_main
+from runtime_cpu.files import torch_file
+from runtime_cpu.files.checkpoint_files import CheckpointError
+from runtime_cpu.files.head_import import DEFAULT_THRESHOLD, ImportedPredictor
+from runtime_cpu.files.torch_file import TorchFile
+from runtime_cpu.pack.__main__ import main as pack_main
+from runtime_cpu.pack.packing import add_predictor, pack
 from tests.runtime_cpu import small_folders
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
@@ -145,16 +150,17 @@ def test_the_engine_names_the_rows_that_the_file_names(
         source = write_model(tmp_path / "source.gguf", SHAPE, random_weights(SHAPE), "Q4_0")
     layout = [] if "packed" in route else ["--layout", "stock"]
     arguments = [str(source), str(tmp_path / "out.gguf"), "--head-predictor", str(predictor)]
-    assert pack.main([*arguments, *layout, "--head-threshold", "1.5"]) == 0, capsys.readouterr().err
+    assert pack_main([*arguments, *layout, "--head-threshold", "1.5"]) == 0, capsys.readouterr().err
     plain = source
     if folder:
         plain = tmp_path / "plain.gguf"
-        assert pack.main([str(source), str(plain), "--layout", "stock"]) == 0
+        assert pack_main([str(source), str(plain), "--layout", "stock"]) == 0
     capsys.readouterr()
     expected = expected_rows(plain, values, 1.5)
     with Engine.open(tmp_path / "out.gguf", kernels="reference") as engine:
         exact = engine.logits(PROMPT)
-        assert bool(engine._model.packed) is ("packed" in route)
+        model = _core.Model.open(str(tmp_path / "out.gguf"))
+        assert bool(model.packed) is ("packed" in route)
     with Engine.open(tmp_path / "out.gguf", kernels="reference", head="predictor") as engine:
         found = engine.logits(PROMPT)
         info = engine.info.head_predictor
@@ -162,7 +168,7 @@ def test_the_engine_names_the_rows_that_the_file_names(
     assert info is not None and (info.width, info.threshold, info.recall) == (WIDTH, 1.5, None)
     assert 0.02 < expected.mean() < 0.98 and (named != expected).mean() < 1e-3
     assert np.array_equal(found[named], exact[named])
-    names = {name: size for name, _, _, _, size in engine._model.tensors() if "predictor" in name}
+    names = {name: size for name, _, _, _, size in model.tensors() if "predictor" in name}
     assert len(names) == 2
     if "packed" not in route:
         kind = gguf.GGMLQuantizationType.Q4_0
@@ -175,9 +181,10 @@ def test_the_engine_names_the_rows_that_the_file_names(
 def test_a_damaged_imported_matrix_is_refused(tmp_path: Path) -> None:
     source = write_model(tmp_path / "m.gguf", SHAPE, random_weights(SHAPE), "Q4_0")
     with ImportedPredictor(saved(tmp_path / "p.pt", tensors())) as predictor:
-        pack.pack(source, tmp_path / "out.gguf", predictor=predictor)
-    with Engine.open(tmp_path / "out.gguf", head="predictor") as engine:
-        places = {name: offset for name, _, _, offset, _ in engine._model.tensors()}
+        pack(source, tmp_path / "out.gguf", predictor=predictor)
+    Engine.open(tmp_path / "out.gguf", head="predictor").close()
+    model = _core.Model.open(str(tmp_path / "out.gguf"))
+    places = {name: offset for name, _, _, offset, _ in model.tensors()}
     data = bytearray((tmp_path / "out.gguf").read_bytes())
     data[places["head_predictor.up.tiles"] + 100] ^= 1
     (tmp_path / "out.gguf").write_bytes(data)
@@ -190,7 +197,7 @@ def test_sizes_that_no_block_divides_become_half_precision(tmp_path: Path) -> No
     source = write_model(tmp_path / "m.gguf", shape, random_weights(shape))
     values = tensors(hidden=48, vocab=shape.vocab, width=10)
     with ImportedPredictor(saved(tmp_path / "p.pt", values), 0.0) as predictor:
-        pack.add_predictor(source, tmp_path / "out.gguf", predictor)
+        add_predictor(source, tmp_path / "out.gguf", predictor)
     written = {t.name: t for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert np.array_equal(
         written["head_predictor.up.weight"].data, values["fc2.weight"].numpy().astype(np.float16)
@@ -206,16 +213,16 @@ def test_people_are_told_that_nothing_was_measured(
 ) -> None:
     source = write_model(tmp_path / "m.gguf", SHAPE, random_weights(SHAPE), "Q4_0")
     path = saved(tmp_path / "p.pt", tensors())
-    assert pack.main([str(source), str(tmp_path / "out.gguf"), "--head-predictor", str(path)]) == 0
-    assert inspect.main([str(tmp_path / "out.gguf")]) == 0
+    assert pack_main([str(source), str(tmp_path / "out.gguf"), "--head-predictor", str(path)]) == 0
+    assert inspect_main([str(tmp_path / "out.gguf")]) == 0
     assert "tokens can be lost, and how many was not measured" in capsys.readouterr().out
-    report = inspect.inspect(tmp_path / "out.gguf")["head_predictor"]
+    report = inspect(tmp_path / "out.gguf")["head_predictor"]
     assert report == {"width": WIDTH, "threshold": DEFAULT_THRESHOLD, "recall": None, "missed_argmax": None}
-    assert pack.main([str(tmp_path / "out.gguf"), str(tmp_path / "x"), "--head-predictor", str(path)]) == 2
+    assert pack_main([str(tmp_path / "out.gguf"), str(tmp_path / "x"), "--head-predictor", str(path)]) == 2
     assert "packed already" in capsys.readouterr().err
     stock = ["--layout", "stock", "--head-predictor", str(path)]
-    assert pack.main([str(source), str(tmp_path / "stock.gguf"), *stock]) == 0
-    assert pack.main([str(tmp_path / "stock.gguf"), str(tmp_path / "x"), *stock]) == 2
+    assert pack_main([str(source), str(tmp_path / "stock.gguf"), *stock]) == 0
+    assert pack_main([str(tmp_path / "stock.gguf"), str(tmp_path / "x"), *stock]) == 2
     assert "has a predictor of its head's rows already" in capsys.readouterr().err
 
 
@@ -225,13 +232,13 @@ def test_a_folders_predictor_is_named_and_left_out(
     folder = small_folders.write_folder(tmp_path / "model")
     saved(folder / "model_lm_head.pt", tensors(vocab=small_folders.VOCAB))
     target = tmp_path / "out.gguf"
-    assert pack.main([str(folder), str(target)]) == 0
+    assert pack_main([str(folder), str(target)]) == 0
     said = capsys.readouterr().err
     assert "can lose tokens: --head-predictor" in said and "model/model_lm_head.pt adds it" in said
-    assert inspect.inspect(target)["head_predictor"] is None
-    assert pack.main([str(folder), str(target), "--head-predictor", str(folder / "model_lm_head.pt")]) == 0
+    assert inspect(target)["head_predictor"] is None
+    assert pack_main([str(folder), str(target), "--head-predictor", str(folder / "model_lm_head.pt")]) == 0
     assert "can lose tokens" not in capsys.readouterr().err
-    assert inspect.inspect(target)["head_predictor"]["width"] == WIDTH
+    assert inspect(target)["head_predictor"]["width"] == WIDTH
 
 
 def other(**change: Any) -> Callable[[Path], Path]:
@@ -344,8 +351,8 @@ def test_what_is_no_such_predictor_is_named(
     source = tmp_path / "m.gguf"
     write_model(source, SHAPE, random_weights(SHAPE), "Q4_0")
     with pytest.raises(CheckpointError, match=message), ImportedPredictor(path) as predictor:
-        pack.pack(source, tmp_path / "out.gguf", predictor=predictor)
-    assert pack.main([str(source), str(tmp_path / "out.gguf"), "--head-predictor", str(path)]) == 2
+        pack(source, tmp_path / "out.gguf", predictor=predictor)
+    assert pack_main([str(source), str(tmp_path / "out.gguf"), "--head-predictor", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not [left for left in tmp_path.iterdir() if "out" in left.name]
 
@@ -382,11 +389,11 @@ def test_another_models_predictor_is_refused(
     if threshold is not None:
         arguments += ["--head-threshold", threshold]
     for more in ([], ["--layout", "stock"]):
-        assert pack.main([*arguments, *more]) == 2
+        assert pack_main([*arguments, *more]) == 2
         assert re.search(message, capsys.readouterr().err)
     folder = small_folders.write_folder(tmp_path / "model")
-    assert pack.main([str(folder), *arguments[1:]]) == 2
-    assert pack.main([str(source), str(tmp_path / "out.gguf"), "--head-threshold", "0"]) == 2
+    assert pack_main([str(folder), *arguments[1:]]) == 2
+    assert pack_main([str(source), str(tmp_path / "out.gguf"), "--head-threshold", "0"]) == 2
     assert "--head-threshold belongs to --head-predictor" in capsys.readouterr().err
     assert {left.name for left in tmp_path.iterdir()} == {"m.gguf", "p.pt", "model"}
 
@@ -414,7 +421,7 @@ def hostile(marker: Path) -> dict[str, bytes]:
         "exec in protocol 5": pickle.dumps(Call(exec, code), 5),
         "getattr": pickle.dumps(Call(getattr, OrderedDict, "fromkeys"), 4),
         "a name with dots": b"\x80\x04\x8c\x0bcollections\x8c\x16OrderedDict.__init__.x\x93.",
-        "a module's own": b"\x80\x02cruntime_cpu.torch_file\nos\n.",
+        "a module's own": b"\x80\x02cruntime_cpu.files.torch_file\nos\n.",
         "torch.load": b"\x80\x02ctorch\nload\nX\x01\x00\x00\x00a\x85R.",
         "extension": b"\x80\x02\x82\x01.",
         "a function's attributes": pickle.dumps(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime_cpu import Engine, EngineError, head, pack, synth
-from runtime_cpu.head import LEAST_ROWS, measure, wilson
-from runtime_cpu.synth import Shape
+from runtime_cpu import Engine, EngineError
+from runtime_cpu.commands import head
+from runtime_cpu.commands.head import LEAST_ROWS, measure, wilson
+from runtime_cpu.pack.packing import pack
+from runtime_cpu.synth.shapes import Shape
+from runtime_cpu.synth.synthesis import write as synth_write
 
 SHAPE = Shape("m", 2, 256, 4, 2, 64, 8, 2, 64, 2048, 512, 0, True, False)
 
@@ -18,9 +22,9 @@ SHAPE = Shape("m", 2, 256, 4, 2, 64, 8, 2, 64, 2048, 512, 0, True, False)
 @pytest.fixture(scope="module", params=["stock", "packed"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("head")
-    synth.write(folder / "stock.gguf", SHAPE, head_share=0.2)
+    synth_write(folder / "stock.gguf", SHAPE, head_share=0.2)
     if request.param == "packed":
-        pack.pack(folder / "stock.gguf", folder / "packed.gguf")
+        pack(folder / "stock.gguf", folder / "packed.gguf")
     return folder / f"{request.param}.gguf"
 
 
@@ -66,8 +70,9 @@ def test_thresholds_trade_rows_for_misses(model: Path) -> None:
 
 
 def test_the_limit_is_the_cores(model: Path) -> None:
-    text = (Path(__file__).parents[2] / "runtime_cpu/csrc/runtime.hpp").read_text()
-    assert f"kLeastHeadRows = {LEAST_ROWS};" in text
+    headers = (Path(__file__).parents[2] / "runtime_cpu/csrc").rglob("*.hpp")
+    defined = re.findall(r"kLeastHeadRows = (\d+);", "".join(path.read_text() for path in headers))
+    assert defined == [str(LEAST_ROWS)]
 
 
 def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +84,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert head.main([*arguments, "--positions", "9", "--json", "--thresholds", "-4", "0"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [line["threshold"] for line in report] == [-4, 0] and report[0]["positions"] == 9
-    synth.write(tmp_path / "without.gguf", SHAPE)
+    synth_write(tmp_path / "without.gguf", SHAPE)
     (tmp_path / "empty.txt").write_text("")
     for wrong, message in (
         ([str(tmp_path / "without.gguf"), str(text)], "has no predictor of its head's rows"),

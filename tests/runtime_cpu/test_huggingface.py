@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
-from runtime_cpu import Engine, pack
-from runtime_cpu.bench import main as bench_main
-from runtime_cpu.inspect import main as inspect_main
-from runtime_cpu.quantiser import WeightError, encode, to_float32
+from runtime_cpu import Engine
+from runtime_cpu.bench.__main__ import main as bench_main
+from runtime_cpu.commands.inspect_model import main as inspect_main
+from runtime_cpu.files.quantiser import WeightError, encode, to_float32
+from runtime_cpu.pack.__main__ import main as pack_main
+from runtime_cpu.pack.folder import pack_folder
 from tests.freezing import await_frozen
 from tests.runtime_cpu import gguf_vocabulary
 from tests.runtime_cpu.small_folders import (
@@ -52,7 +54,7 @@ def bent(folder: Path, tmp_path: Path) -> Path:
 
 
 def convert(source: Path, target: Path, kind: str) -> Path:
-    assert pack.main([str(source), str(target), "--type", kind, "--layout", "stock"]) == 0
+    assert pack_main([str(source), str(target), "--type", kind, "--layout", "stock"]) == 0
     return target
 
 
@@ -144,7 +146,7 @@ def test_shards_links_and_threads_change_nothing(folder: Path, bent: Path, tmp_p
         file.symlink_to(Path("..") / "blobs" / str(number))
     whole = convert(folder, tmp_path / "whole.gguf", "q4_0").read_bytes()
     assert convert(bent, tmp_path / "sharded.gguf", "q4_0").read_bytes() == whole
-    pack.pack_folder(bent, tmp_path / "threads.gguf", layout="stock", threads=7)
+    pack_folder(bent, tmp_path / "threads.gguf", layout="stock", threads=7)
     assert (tmp_path / "threads.gguf").read_bytes() == whole
 
 
@@ -153,8 +155,8 @@ def test_a_folder_packs_to_what_its_stock_file_packs_to(folder: Path, tmp_path: 
     stats.write_text(json.dumps({"expert_counts": [[1, 5, 2, 9]] * CONFIG["num_hidden_layers"]}))
     stock = convert(folder, tmp_path / "stock.gguf", "q4_0")
     for arguments in ([], ["--stats", str(stats)]):
-        assert pack.main([str(stock), str(tmp_path / "two.gguf"), *arguments]) == 0
-        assert pack.main([str(folder), str(tmp_path / "one.gguf"), *arguments]) == 0
+        assert pack_main([str(stock), str(tmp_path / "two.gguf"), *arguments]) == 0
+        assert pack_main([str(folder), str(tmp_path / "one.gguf"), *arguments]) == 0
         assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
     assert not list(tmp_path.glob(".*"))
     with Engine.open(tmp_path / "one.gguf") as engine, Engine.open(stock) as other:
@@ -212,11 +214,11 @@ def test_what_cannot_be_asked_for(
         ([stock, out, "--type", "q4_0"], "a GGUF file keeps its types"),
         ([tmp_path / "none", out], "no model file"),
     ):
-        assert pack.main(list(map(str, arguments))) == 2
+        assert pack_main(list(map(str, arguments))) == 2
         assert message in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert pack.main([str(folder), str(out)]) == 2
+    assert pack_main([str(folder), str(out)]) == 2
     assert "1000 bytes are free" in capsys.readouterr().err
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
@@ -283,10 +285,10 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_a_model(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pack, "pack", interrupted)
-        assert pack.main([str(larger), str(target)]) == 130
+        patched.setattr("runtime_cpu.pack.folder.pack", interrupted)
+        assert pack_main([str(larger), str(target)]) == 130
         assert not (tmp_path / ".m.gguf.stock").exists() and "interrupted" in capsys.readouterr().err
-    assert pack.main([str(larger), str(target)]) == 0
+    assert pack_main([str(larger), str(target)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
     with Engine.open(target, context=32) as engine:
         assert np.isfinite(engine.logits([1, 2, 3])).all()
@@ -296,11 +298,11 @@ def test_an_interrupted_run_leaves_nothing_that_is_taken_for_a_model(
 MEASURE = """
 import sys
 from pathlib import Path
-from runtime_cpu import pack
+from runtime_cpu.pack.__main__ import main
 def peak():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM")) * 1024
 before = peak()
-assert pack.main(sys.argv[1:]) == 0
+assert main(sys.argv[1:]) == 0
 print(peak() - before)
 """
 

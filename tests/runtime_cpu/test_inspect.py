@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime_cpu import Engine, MemoryBudgetError, _core, synth
-from runtime_cpu.inspect import inspect, table
-from runtime_cpu.memory import release_free_memory
-from runtime_cpu.pack import pack
-from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
+from runtime_cpu import Engine, MemoryBudgetError, _core
+from runtime_cpu.commands.inspect_model import inspect, table
+from runtime_cpu.memory.process import release_free_memory
+from runtime_cpu.memory.traffic import kv_bytes, skips_silent_neurons, weight_bytes
+from runtime_cpu.pack.packing import pack
+from runtime_cpu.synth import shapes
+from runtime_cpu.synth.synthesis import write as synth_write
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 from tests.waiting import CEILING_S
@@ -80,8 +82,8 @@ def test_bytes_per_token_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_packed_file_reads_as_much_as_its_source(tmp_path: Path, tied: bool) -> None:
     # Experts of whole pages: the packed layout pads smaller ones.
-    shape = synth.Shape("m", 2, 512, 8, 4, 64, 8, 2, 256, 1024, 512, 0, False, tied)
-    synth.write(tmp_path / "stock.gguf", shape)
+    shape = shapes.Shape("m", 2, 512, 8, 4, 64, 8, 2, 256, 1024, 512, 0, False, tied)
+    synth_write(tmp_path / "stock.gguf", shape)
     pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
     stock, packed = (_core.Model.open(str(tmp_path / f"{name}.gguf")) for name in ("stock", "packed"))
     for sparsity in (0.0, 0.62):

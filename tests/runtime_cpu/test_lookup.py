@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_cpu import Engine
-from runtime_cpu.lookup import MOST_DRAFTED, Pace, PromptLookup
+from runtime_cpu.engine.lookup import MOST_DRAFTED, Pace, PromptLookup
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "gguf"
@@ -76,7 +76,7 @@ def test_the_output_is_the_same_with_and_without(
     engine: Engine, prompt: list[int], temperature: float, penalty: float, count: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime_cpu.generation.Pace", _Eager)
+        patch.setattr("runtime_cpu.engine.decoding.Pace", _Eager)
         runs = []
         for lookup in (False, True):
             generation = engine.generate(
@@ -101,7 +101,7 @@ def test_the_output_is_the_same_with_and_without(
 
 def test_copying_is_drafted(engine: Engine) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime_cpu.generation.Pace", _Eager)
+        patch.setattr("runtime_cpu.engine.decoding.Pace", _Eager)
         generation = engine.generate([1, 2, 3, 4, 5, 6, 7] * 8, 200, stop_ids=(), lookup=True)
         tokens = [token.id for token in generation]
     stats = generation.stats

@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from runtime_cpu import pack, synth
-from runtime_cpu.bench_machine import MachineError, MemoryCgroup
+from runtime_cpu.bench.machine import MachineError, MemoryCgroup
+from runtime_cpu.pack.packing import pack
+from runtime_cpu.synth.shapes import SHAPES, Shape
+from runtime_cpu.synth.synthesis import write as synth_write
 from tests.waiting import CEILING_S
 
 ROOT = Path(__file__).parent.parent.parent
-SHAPE = synth.Shape("promise", 6, 1024, 8, 2, 128, 24, 3, 512, 32000, 8192, 0, True, False)
+SHAPE = Shape("promise", 6, 1024, 8, 2, 128, 24, 3, 512, 32000, 8192, 0, True, False)
 
 _RUN = """
 import json, sys
 from runtime_cpu import Engine
-from runtime_cpu.peak_memory import peak_resident_bytes
-from runtime_cpu.synth import text_like_ids
+from runtime_cpu.memory.process import peak_resident_bytes
+from runtime_cpu.synth.routing import text_like_ids
 path, memory, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 engine = Engine.open(path, threads=2, memory=memory)
 ids = text_like_ids(engine.info.vocab_size, 700, 1)
@@ -41,8 +43,8 @@ print(json.dumps({"peak": peak_resident_bytes(), "plan": plan.total_bytes, "offl
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("promise")
-    synth.write(folder / "stock.gguf", SHAPE)
-    pack.pack(folder / "stock.gguf", folder / "packed.gguf")
+    synth_write(folder / "stock.gguf", SHAPE)
+    pack(folder / "stock.gguf", folder / "packed.gguf")
     return folder / "packed.gguf"
 
 
@@ -109,8 +111,8 @@ def test_the_smallest_budget_is_enough_and_less_is_not(model: Path) -> None:
 
 @pytest.mark.campaign
 def test_long_answers_of_the_4b_within_one_gibibyte(tmp_path: Path) -> None:
-    synth.write(tmp_path / "stock.gguf", synth.SHAPES["4b"])
-    pack.pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
+    synth_write(tmp_path / "stock.gguf", SHAPES["4b"])
+    pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
     (tmp_path / "stock.gguf").unlink()
     result = run_under(1 << 30, tmp_path / "packed.gguf", 1000)
     assert result["peak"] <= 1 << 30 and result["offloads"] and result["misses"] > 0

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime_cpu import Engine, EngineError, ModelFileError, _core, pack
+from runtime_cpu import Engine, EngineError, ModelFileError, _core
+from runtime_cpu.pack.__main__ import main as pack_main
+from runtime_cpu.pack.packing import pack
 from tests.freezing import await_frozen
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 from tests.waiting import CEILING_S, wait_for
@@ -24,15 +26,26 @@ PROMPT = [int(i) for i in np.load(GOLDEN / "tiny-21b-q4_0.npz")["input_ids"][:40
 SMALL = Shape(layers=3, hidden=64, heads=4, head_dim=16, experts=6, used=2, expert_hidden=64, vocab=70)
 
 
-def offloading(path: Path, slots: int, threads: int = 2, reader: str = "auto", policy: str = "") -> Engine:
-    """An engine with room for so many experts, whatever this process weighs."""
-    engine = Engine.open(path, threads=threads, context=128, chunk_tokens=16)
-    model = engine._model
-    room = slots * model.expert_bytes
-    engine._runtime = _core.Runtime(
-        model, threads, 128, "auto", engine.info.kernels, 16, room, reader, policy, True
+def offloading(
+    path: Path, slots: int, threads: int = 2, reader: str = "auto", policy: str = ""
+) -> tuple[Engine, _core.Runtime]:
+    """An engine with room for so many experts, whatever this process weighs; 0: all are in memory."""
+    with Engine.open(path, threads=threads, context=128, chunk_tokens=16) as opened:
+        info = opened.info
+    model = _core.Model.open(str(path))
+    runtime = _core.Runtime(
+        model=model,
+        threads=threads,
+        context=128,
+        kv_type="auto",
+        kernels=info.kernels,
+        chunk_tokens=16,
+        expert_cache_bytes=slots * model.expert_bytes,
+        reader=reader,
+        policy=policy,
+        speculate=True,
     )
-    return engine
+    return Engine(runtime, model, info, chunk_tokens=16, wait_s=600), runtime
 
 
 @pytest.fixture(scope="module", params=["tiny-4b", "tiny-21b", "small-untied"])
@@ -43,7 +56,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         stock = write_model(folder / "stock.gguf", SMALL, random_weights(SMALL, 3), "Q4_0")
     else:
         stock = GOLDEN / f"{request.param}-q4_0.gguf"
-    pack.pack(stock, folder / "packed.gguf", threads=2)
+    pack(stock, folder / "packed.gguf", threads=2)
     return stock, folder / "packed.gguf"
 
 
@@ -55,7 +68,7 @@ def test_a_packed_file_gives_the_same_bits(files: tuple[Path, Path]) -> None:
     stock, packed = (Engine.open(path, threads=2, context=128) for path in files)
     with stock, packed:
         prompt = prompt_for(stock)
-        assert packed._model.packed and not stock._model.packed
+        assert [_core.Model.open(str(path)).packed for path in files] == [False, True]
         assert packed.info.parameters == stock.info.parameters
         assert packed.info.file_type == stock.info.file_type == "Q4_0"
         if "avx512" in stock.info.kernels:  # others read stock rows of a stock file
@@ -72,15 +85,18 @@ def test_a_packed_file_gives_the_same_bits(files: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("source", ["stock", "packed"])
 def test_experts_on_disk_give_the_same_bits(files: tuple[Path, Path], source: str, reader: str) -> None:
     path = files[source == "packed"]
-    with offloading(path, 10**6) as whole:
+    whole, runtime = offloading(path, 10**6)
+    with whole:
         prompt = prompt_for(whole)
         expected = whole.logits(prompt)
         used = whole.info.experts_per_token
         generated = [t.id for t in whole.generate(prompt[:9], 12, stop_ids=())]
-        assert whole._runtime is not None and not whole._runtime.expert_counters()
+        assert not runtime.expert_counters()
     for slots, threads in ((used, 1), (used + 1, 3), (2 * used, 2), (whole.info.experts, 4)):
         try:
-            engine = offloading(path, slots, threads, reader=reader, policy="lru" if slots == used else "")
+            engine, runtime = offloading(
+                path, slots, threads, reader=reader, policy="lru" if slots == used else ""
+            )
         except EngineError as error:
             if reader == "page_cache":
                 raise
@@ -91,8 +107,7 @@ def test_experts_on_disk_give_the_same_bits(files: tuple[Path, Path], source: st
             assert tokens == generated
             stats = engine.stats
             assert stats.cache_misses > 0 and stats.bytes_read > 0 and 0 <= stats.cache_hit_rate < 1
-            assert engine._runtime is not None
-            assert engine._runtime.expert_counters()["backend"] == reader
+            assert runtime.expert_counters()["backend"] == reader
 
 
 def test_statistics_put_hot_experts_first(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -103,29 +118,31 @@ def test_statistics_put_hot_experts_first(files: tuple[Path, Path], tmp_path: Pa
         counts = engine.stats.expert_counts
     stats = tmp_path / "stats.json"
     stats.write_text(json.dumps({"expert_counts": counts}))
-    assert pack.main([str(stock), str(tmp_path / "hot.gguf"), "--stats", str(stats)]) == 0
-    with offloading(packed, 10**6) as plain, offloading(tmp_path / "hot.gguf", 10**6) as hot:
+    assert pack_main([str(stock), str(tmp_path / "hot.gguf"), "--stats", str(stats)]) == 0
+    (plain, _), (hot, _) = offloading(packed, 10**6), offloading(tmp_path / "hot.gguf", 10**6)
+    with plain, hot:
         assert np.array_equal(plain.logits(prompt), hot.logits(prompt))
         order = np.reshape(hot.metadata["smallthinker.packed.expert_order"], np.shape(counts))
         ranked = np.take_along_axis(np.asarray(counts), order, 1)
         assert (np.diff(ranked, axis=1) <= 0).all()
-    with offloading(tmp_path / "hot.gguf", 4) as small:  # warmed from the statistics
-        assert small._runtime is not None
-        counters = small._runtime.expert_counters
-        wait_for(lambda: counters()["bytes_read"] >= 4 * small._model.expert_bytes, "four warm experts")
+    small, runtime = offloading(tmp_path / "hot.gguf", 4)
+    with small:  # warmed from the statistics
+        four = 4 * _core.Model.open(str(packed)).expert_bytes
+        wait_for(lambda: runtime.expert_counters()["bytes_read"] >= four, "four warm experts")
         assert np.array_equal(small.logits(prompt), plain_bits(packed, prompt))
 
 
 def plain_bits(path: Path, prompt: list[int]) -> np.ndarray:
-    with offloading(path, 10**6) as engine:
+    with offloading(path, 10**6)[0] as engine:
         return engine.logits(prompt)
 
 
 def test_bits_do_not_depend_on_what_has_been_copied(files: tuple[Path, Path]) -> None:
     """Experts are computed with in the file's own pages until the background threads have copied them."""
-    with Engine.open(files[1], threads=2, context=128) as engine:
+    engine, runtime = offloading(files[1], 0)
+    with engine:
         prompt = prompt_for(engine)
-        engine._runtime.load_all()
+        runtime.load_all()
         expected = engine.logits(prompt)
     for _ in range(15):
         with Engine.open(files[1], threads=4, context=128) as engine:
@@ -141,7 +158,7 @@ def test_damaged_experts_end_the_request_and_nothing_else(files: tuple[Path, Pat
     bent = tmp_path / "bent.gguf"
     bent.write_bytes(packed)
     for slots in (10**6, model.experts_per_token):
-        with offloading(bent, slots) as engine:
+        with offloading(bent, slots)[0] as engine:
             prompt = prompt_for(engine)
             with pytest.raises(EngineError, match="checksum"):
                 engine.logits(prompt)
@@ -180,7 +197,7 @@ def test_no_bent_byte_passes(
     )
     prompt: list[int] = []
     try:
-        with offloading(bent, 4) as engine:
+        with offloading(bent, 4)[0] as engine:
             prompt = prompt_for(engine)[:6]
             assert engine.logits(prompt).shape[0] == len(prompt)
     except (EngineError, ValueError):
@@ -189,7 +206,7 @@ def test_no_bent_byte_passes(
     inside = [
         name for name, kind, _, offset, size in weights if kind == "I8" and offset <= at < offset + size
     ]
-    with offloading(files[1], 4) as sound, offloading(bent, 4) as engine:
+    with offloading(files[1], 4)[0] as sound, offloading(bent, 4)[0] as engine:
         if inside and inside != ["experts.checksums"]:
             # Experts that this prompt does not use keep their damage to themselves.
             assert np.array_equal(engine.logits(prompt), sound.logits(prompt))
@@ -208,11 +225,11 @@ def test_what_cannot_be_packed(
         ([str(stock), str(tmp_path / "x.gguf"), "--stats", str(stock)], "no expert_counts"),
     ]
     for arguments, message in cases:
-        assert pack.main(arguments) == 2
+        assert pack_main(arguments) == 2
         assert message in capsys.readouterr().err
     bad = tmp_path / "stats.json"
     bad.write_text('{"expert_counts": [[1, 2], [3]]}')
-    assert pack.main([str(stock), str(tmp_path / "x.gguf"), "--stats", str(bad)]) == 2
+    assert pack_main([str(stock), str(tmp_path / "x.gguf"), "--stats", str(bad)]) == 2
     assert list(tmp_path.glob("*.gguf")) == []
 
 
@@ -234,7 +251,7 @@ def test_an_interrupted_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
     stock = write_model(tmp_path / "stock.gguf", shape, random_weights(shape), "Q4_0")
     target, whole = tmp_path / "packed.gguf", tmp_path / "whole.gguf"
     partial = tmp_path / f".{target.name}.partial"
-    pack.pack(stock, whole, threads=1)
+    pack(stock, whole, threads=1)
     program = [sys.executable, "-c", PACK_ALL_BUT_THE_NAME, str(partial), str(whole.stat().st_size)]
     arguments = [str(stock), str(target), "--threads", "1"]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
@@ -248,7 +265,7 @@ def test_an_interrupted_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     assert partial.stat().st_size == whole.stat().st_size and not target.exists()
-    assert pack.main([str(stock), str(target)]) == 0
+    assert pack_main([str(stock), str(target)]) == 0
     assert target.read_bytes() == whole.read_bytes()
     with Engine.open(target, context=32) as engine:
         assert np.isfinite(engine.logits([1, 2, 3])).all()

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime_cpu import Engine
-from runtime_cpu.bench_worker import Peer
-from runtime_cpu.perplexity import surprise
+from runtime_cpu.bench.worker import Peer
+from runtime_cpu.commands.perplexity import surprise
 
 pytest.importorskip("llama_cpp", reason="llama.cpp is not installed here: pip install 'smallthinker[peer]'")
 
@@ -22,8 +22,8 @@ def peer_logits(path: Path, ids: NDArray[np.int32]) -> NDArray[np.float32]:
     peer = Peer(str(path), threads=1, context=len(ids), repack=True)
     rows = np.empty((len(ids), peer.vocab_size), np.float32)
     for i in range(len(ids)):
-        peer._compute(ids[i : i + 1])
-        rows[i] = np.ctypeslib.as_array(peer._lib.llama_get_logits_ith(peer._context, -1), (peer.vocab_size,))
+        peer.compute(ids[i : i + 1])
+        rows[i] = np.ctypeslib.as_array(peer.lib.llama_get_logits_ith(peer.context, -1), (peer.vocab_size,))
     return rows
 
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime_cpu import _core
-from runtime_cpu.engine import available_kernels
+from runtime_cpu.engine.options import available_kernels
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
 
 MASK = (1 << 64) - 1

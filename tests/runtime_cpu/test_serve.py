@@ -53,7 +53,7 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
 
 
 def test_chat_answers_with_what_the_engine_generates(client: openai.OpenAI, engine: Engine) -> None:
-    from runtime_cpu.chat_template import ChatTemplate
+    from runtime_cpu.text.chat_template import ChatTemplate
 
     prompt = ChatTemplate.from_metadata(engine.metadata, engine.tokenizer).encode(HELLO)
     tokens = [token.id for token in engine.generate(prompt, max_tokens=24)]

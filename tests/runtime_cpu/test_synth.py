@@ -11,10 +11,14 @@ import gguf
 import numpy as np
 import pytest
 
-from runtime_cpu import Engine, synth, synth_check
-from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
-from runtime_cpu.synth import Shape, group_size, text_like_ids
-from runtime_cpu.synth_vocabulary import SynthError, synthetic_vocabulary
+from runtime_cpu import Engine
+from runtime_cpu.files.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
+from runtime_cpu.synth import check
+from runtime_cpu.synth.routing import group_size, simulate_routing, text_like_ids
+from runtime_cpu.synth.shapes import SHAPES, Shape, SynthError
+from runtime_cpu.synth.synthesis import Synthesis, target_sparsity
+from runtime_cpu.synth.synthesis import write as synth_write
+from runtime_cpu.synth.vocabulary import synthetic_vocabulary
 from tests.waiting import CEILING_S
 
 SMALL = Shape(
@@ -38,18 +42,18 @@ SMALL = Shape(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("synth") / "small.gguf"
-    synth.write(path, SMALL)
+    synth_write(path, SMALL)
     return path
 
 
 @pytest.fixture(scope="module")
-def measured(model: Path) -> synth_check.Measured:
-    return synth_check.measure(model, tokens=1000, steps=300, threads=1)
+def measured(model: Path) -> check.Measured:
+    return check.measure(model, tokens=1000, steps=300, threads=1)
 
 
 def test_the_same_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
-    synth.write(tmp_path / "again.gguf", SMALL)
-    synth.write(tmp_path / "other.gguf", SMALL, seed=1)
+    synth_write(tmp_path / "again.gguf", SMALL)
+    synth_write(tmp_path / "other.gguf", SMALL, seed=1)
     assert (tmp_path / "again.gguf").read_bytes() == model.read_bytes()
     other = gguf.GGUFReader(tmp_path / "other.gguf")
     for mine, theirs in zip(gguf.GGUFReader(model).tensors, other.tensors, strict=True):
@@ -57,38 +61,38 @@ def test_the_same_seed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None
         assert "attn_norm" in mine.name or not np.array_equal(mine.data, theirs.data) or "norm" in mine.name
 
 
-def test_neurons_rest_as_in_the_paper(measured: synth_check.Measured) -> None:
+def test_neurons_rest_as_in_the_paper(measured: check.Measured) -> None:
     for layer, share in enumerate(measured.sparsity):
-        assert share == pytest.approx(synth.target_sparsity(layer), abs=0.03)
+        assert share == pytest.approx(target_sparsity(layer), abs=0.03)
     assert min(measured.sparsity[:2]) > 0.9 and min(measured.sparsity) > 0.6
 
 
-def test_experts_are_chosen_as_in_the_paper(measured: synth_check.Measured) -> None:
+def test_experts_are_chosen_as_in_the_paper(measured: check.Measured) -> None:
     assert 0.7 <= measured.rare_experts <= 0.8
     assert measured.overlaps["text-like"] == pytest.approx(0.37, abs=0.06)
     assert measured.overlaps["independent"] < 0.3
 
 
-def test_numbers_stay_sensible(measured: synth_check.Measured) -> None:
+def test_numbers_stay_sensible(measured: check.Measured) -> None:
     assert 1 < measured.logit_std < 5 and measured.largest_logit < 30
     # 4,096 ids allow short circles only late; the real vocabularies give some 180 different tokens in 219.
     assert measured.distinct_greedy > 20, "greedy decoding runs in a circle"
 
 
 def test_overlap_can_be_chosen(tmp_path: Path) -> None:
-    low = synth.simulate_routing(SMALL, 0.25)
-    high = synth.simulate_routing(SMALL, 0.4)
+    low = simulate_routing(SMALL, 0.25)
+    high = simulate_routing(SMALL, 0.4)
     assert 0 <= low.group_share < high.group_share < 1
     assert low.frequency_E.sum() == pytest.approx(SMALL.used)
     for overlap in (0.05, 0.9, float("nan")):
         with pytest.raises(SynthError, match=r"--overlap is .* popularity alone gives 0\.2"):
-            synth.simulate_routing(SMALL, overlap)
+            simulate_routing(SMALL, overlap)
 
 
 def test_the_large_size_has_windows_and_a_head_of_its_own(tmp_path: Path) -> None:
     """The 21B's kind of model at small sizes: softmax, untied, llama.cpp's pattern of windows."""
     shape = Shape("windowed", 5, 256, 7, 1, 64, 16, 3, 64, 1024, 512, 4096, True, False)
-    synth.write(tmp_path / "windowed.gguf", shape)
+    synth_write(tmp_path / "windowed.gguf", shape)
     with Engine.open(tmp_path / "windowed.gguf", threads=1, context=64) as engine:
         assert not engine.info.tied_embeddings and engine.info.router == "softmax"
         assert engine.info.sliding_window_layout == engine.info.rope_layout == (0, 1, 1, 1, 0)
@@ -99,7 +103,7 @@ def test_the_real_sizes_are_the_released_ones() -> None:
     from model.accounting import count_parameters
     from model.presets import preset
 
-    for name, shape in synth.SHAPES.items():
+    for name, shape in SHAPES.items():
         config = preset(name)
         assert (shape.layers, shape.hidden, shape.vocab) == (
             config.num_hidden_layers,
@@ -120,7 +124,7 @@ def test_the_real_sizes_are_the_released_ones() -> None:
         assert (shape.tied, shape.context) == (config.tie_word_embeddings, config.max_position_embeddings)
         windows = [int(bool(shape.window) and layer % 4 != 0) for layer in range(shape.layers)]
         assert windows == config.sliding_window_layout
-        stored = sum(int(np.prod(info.shape)) for info in synth.Synthesis(shape).tensors())
+        stored = sum(int(np.prod(info.shape)) for info in Synthesis(shape).tensors())
         assert stored == count_parameters(config).total
 
 
@@ -128,8 +132,8 @@ def test_the_real_sizes_are_the_released_ones() -> None:
 def test_a_random_predictor_names_about_the_share(tmp_path: Path, share: float) -> None:
     shape = dataclasses.replace(SMALL, layers=12)  # states of shallow models differ in length
     path = tmp_path / "predicting.gguf"
-    synth.write(path, shape, head_share=share)
-    synth.write(tmp_path / "plain.gguf", shape)
+    synth_write(path, shape, head_share=share)
+    synth_write(tmp_path / "plain.gguf", shape)
     with Engine.open(path, threads=1, context=256, head="predictor") as engine:
         logits = engine.logits(np.random.default_rng(0).integers(0, SMALL.vocab, 100))
         assert engine.stats.head_row_share == pytest.approx(share, rel=0.15)

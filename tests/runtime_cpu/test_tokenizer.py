@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_cpu import _core
-from runtime_cpu.synth_vocabulary import synthetic_vocabulary
-from runtime_cpu.tokenizer import Tokenizer, TokenizerError, byte_alphabet
+from runtime_cpu.synth.vocabulary import synthetic_vocabulary
+from runtime_cpu.text.tokenizer import Tokenizer, TokenizerError, byte_alphabet
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, CORPUS, USER_DEFINED, read_metadata, train, write_gguf
 
 pieces = st.one_of(
@@ -81,7 +81,7 @@ blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000ab1!'"), max_size=40)
 def test_where_a_long_text_is_cut_changes_nothing(tokenizer: Tokenizer, text: str, window: int) -> None:
     expected = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime_cpu.tokenizer._WINDOW_CHARACTERS", window)
+        patch.setattr("runtime_cpu.text.tokenizer._WINDOW_CHARACTERS", window)
         assert tokenizer.encode(text) == expected
 
 
