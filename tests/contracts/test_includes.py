@@ -39,10 +39,9 @@ def included(path: str, text: str, files: Mapping[str, str]) -> list[tuple[int, 
     for match in _INCLUDE.finditer(code):
         quote, name = match.groups()
         line = code.count("\n", 0, match.start()) + 1
-        beside = posixpath.normpath(f"{posixpath.dirname(path)}/{name}")
-        target = next(
-            (each for each in (beside, posixpath.normpath(f"{SOURCES}/{name}")) if each in files), ""
-        )
+        bases = [posixpath.dirname(path), SOURCES] if quote == '"' else [SOURCES]
+        candidates = (posixpath.normpath(f"{base}/{name}") for base in bases)
+        target = next((each for each in candidates if each in files), "")
         if target or quote == '"':
             found.append((line, target, name))
     return found
