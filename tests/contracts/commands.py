@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def _plain(value: Any) -> str:
         return "[" + ", ".join(map(_plain, value)) + "]"
     if isinstance(value, Path):
         value = value.relative_to(PROJECT) if value.is_relative_to(PROJECT) else value
-        return value.as_posix()
+        return str(value.as_posix())
     return repr(value)
 
 
@@ -160,28 +162,39 @@ def recorded(commands: tuple[str, ...] = COMMANDS, without: tuple[str, ...] = WI
     return "\n".join(lines)
 
 
-def recorded_in_a_process(*arguments: str) -> str:
-    """What this file prints, from a new interpreter: the commands import what they please and set what they please.
+@cache
+def recorded_in_a_process() -> tuple[str, tuple[str, ...]]:
+    """``recorded()`` and the files of the commands, from a new interpreter.
+
+    The commands import what they please and set what they please; this process is left as it was.
 
     Raises:
         LookupError: the interpreter failed; the message is its last line.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "tests.contracts.commands", *arguments]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.contracts.commands", "--with-files"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LookupError(done.stderr.strip().splitlines()[-1])
-    return done.stdout
+    text, files = json.loads(done.stdout.splitlines()[-1])
+    return text, tuple(files)
+
+
+def _files() -> list[str]:
+    found = []
+    for command in (*COMMANDS, *WITHOUT_OPTIONS):
+        with contextlib.suppress(LookupError, ImportError):
+            found.append(file_of(command))
+    return found
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--files"]:
-        for command in (*COMMANDS, *WITHOUT_OPTIONS):
-            with contextlib.suppress(LookupError, ImportError):
-                sys.stdout.write(f"{file_of(command)}\n")
-    elif arguments == ["--write"]:
-        GOLDEN.write_text(recorded())
+    text = recorded()
+    if arguments == ["--write"]:
+        GOLDEN.write_text(text)
+    elif arguments == ["--with-files"]:
+        sys.stdout.write(json.dumps([text, _files()]))
     else:
-        sys.stdout.write(recorded())
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

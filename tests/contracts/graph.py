@@ -56,6 +56,6 @@ def merged(arrows: Arrows, room_of: Mapping[str, str]) -> dict[str, dict[str, st
     for here, targets in arrows.items():
         for there, where in targets.items():
             if here in room_of and there in room_of and room_of[here] != room_of[there]:
-                at = where if here == room_of[here] else f"{here}:{where}"
+                at = str(where) if here == room_of[here] else f"{here}:{where}"
                 rooms[room_of[here]].setdefault(room_of[there], at)
     return rooms

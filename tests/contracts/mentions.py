@@ -90,7 +90,7 @@ def prose(module: Module) -> str:
     if not module.path.endswith((".py", ".pyi")):
         return module.text
     lines, source = _comments(_PYTHON, module.text), module.text.split("\n")
-    for node in ast.walk(module.syntax):
+    for node in module.nodes:
         if (
             isinstance(node, ast.Expr)
             and isinstance(node.value, ast.Constant)
@@ -158,7 +158,7 @@ class Repository:
         """Every name that is defined in a module at any depth: functions, classes, variables, attributes."""
         if name not in self._known:
             found = self._known[name] = set()
-            for node in ast.walk(self.tree.modules[name].syntax):
+            for node in self.tree.modules[name].nodes:
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                     found.add(node.name)
                 elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

@@ -10,7 +10,7 @@ import ast
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import pytest
@@ -83,8 +83,13 @@ class Module:
         return ast.parse(self.text, self.path)
 
     @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """The whole syntax, a node before those within it."""
+        return tuple(ast.walk(self.syntax))
+
+    @cached_property
     def imports(self) -> tuple[Import, ...]:
-        return tuple(_imports(self.syntax, self.package))
+        return tuple(_imports(self.nodes, self.package))
 
 
 def absolute(package: str, level: int, module: str) -> str:
@@ -122,10 +127,10 @@ def _within(name: str, module: str | None) -> bool:
     return name.rpartition(".")[0] == module
 
 
-def _names(tree: ast.Module, package: str) -> tuple[dict[str, str], dict[str, str]]:
+def _names(nodes: tuple[ast.AST, ...], package: str) -> tuple[dict[str, str], dict[str, str]]:
     """What a file calls things: imported names in full, and the text of names bound to one constant."""
     full, constants = {}, {"__name__": "", "__package__": package}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 full[alias.asname or alias.name.split(".")[0]] = (
@@ -155,9 +160,9 @@ def dotted(node: ast.expr) -> str:
     return ""
 
 
-def _imports(tree: ast.Module, package: str) -> Iterator[Import]:
-    full, constants = _names(tree, package)
-    for node in ast.walk(tree):
+def _imports(nodes: tuple[ast.AST, ...], package: str) -> Iterator[Import]:
+    full, constants = _names(nodes, package)
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(node.lineno, alias.name)
@@ -196,6 +201,12 @@ def _at_top(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _at_top(handler.body)
 
 
+@cache
+def _read(path: str, text: str) -> Module:
+    """One module object for one text: what was read of it once serves every tree that holds it."""
+    return Module(path, text)
+
+
 @dataclass(frozen=True)
 class SourceTree:
     """Modules by full name; made of ``{path: text}`` or of committed files."""
@@ -203,13 +214,14 @@ class SourceTree:
     files: Mapping[str, str] = field(hash=False)
 
     @classmethod
+    @cache
     def committed(cls, *rooms: str) -> SourceTree:
         patterns = [f"{room}/*.{ending}" for room in rooms for ending in ("py", "pyi")]
         return cls({relative(path): path.read_text() for path in committed(*patterns)})
 
     @cached_property
     def modules(self) -> dict[str, Module]:
-        found = (Module(path, text) for path, text in sorted(self.files.items()))
+        found = (_read(path, text) for path, text in sorted(self.files.items()))
         return {module.name: module for module in found}
 
     def bound(self, module: str) -> set[str]:
@@ -235,13 +247,13 @@ class SourceTree:
         both, where ``__init__`` gives the submodule's name to something else. The packages above an imported module
         do not count: a package that imports its own submodules, which import each other, is no cycle.
         """
+        submodule = f"{found.module}.{found.name}"
         if found.module not in self.modules:
-            if found.name:  # an extension module, or nothing: no file of ours
-                return set()
+            if found.name:  # a folder without __init__; else an extension module, or nothing: no file of ours
+                return {submodule} & self.modules.keys()
             parts = found.module.split(".")
             above = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
             return {next((known for known in above if known in self.modules), "")} - {""}
-        submodule = f"{found.module}.{found.name}"
         if found.name and submodule in self.modules:
             return {submodule, found.module} if found.name in self.bound(found.module) else {submodule}
         return {found.module}

@@ -16,13 +16,14 @@ from .test_imports import GROUND
 
 CATEGORIES = ("general", "maths", "code", "web_stem", "chinese")
 TOKENIZER_FOLDER = "tokenizer"
+JOINS = ("Path", "joinpath", "join")
 
 
 def _full_names(module: Module) -> dict[str, str]:
     """What the file calls an imported name: ``sync`` is ``os.fsync`` after ``from os import fsync as sync``."""
     return {
         alias.asname: alias.name
-        for node in ast.walk(module.syntax)
+        for node in module.nodes
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if alias.asname
@@ -32,7 +33,7 @@ def _full_names(module: Module) -> dict[str, str]:
 def calls(*names: str) -> Callable[[Module], Iterator[int]]:
     def places(module: Module) -> Iterator[int]:
         full = _full_names(module)
-        for node in ast.walk(module.syntax):
+        for node in module.nodes:
             if isinstance(node, ast.Call):
                 last = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
                 if full.get(last, last) in names:
@@ -43,11 +44,10 @@ def calls(*names: str) -> Callable[[Module], Iterator[int]]:
 
 def defines(*beginnings: str) -> Callable[[Module], Iterator[int]]:
     def places(module: Module) -> Iterator[int]:
-        for node in ast.walk(module.syntax):
-            named = (
-                node.name if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else ""
-            )
-            if named.lstrip("_").startswith(beginnings):
+        for node in module.nodes:
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                continue
+            if node.name.lstrip("_").startswith(beginnings):
                 yield node.lineno
 
     return places
@@ -57,7 +57,7 @@ def assigns(*names: str) -> Callable[[Module], Iterator[int]]:
     """Where a module binds a name to a value of its own, not to an imported name under another."""
 
     def places(module: Module) -> Iterator[int]:
-        for node in ast.walk(module.syntax):
+        for node in module.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     for part in ast.walk(target):
@@ -69,7 +69,7 @@ def assigns(*names: str) -> Callable[[Module], Iterator[int]]:
 
 def lists_categories(module: Module) -> Iterator[int]:
     """The categories' names spelled in a row, whatever they are called."""
-    for node in ast.walk(module.syntax):
+    for node in module.nodes:
         if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
             texts = [part.value for part in node.elts if isinstance(part, ast.Constant)]
             if set(CATEGORIES) <= set(texts):
@@ -78,20 +78,15 @@ def lists_categories(module: Module) -> Iterator[int]:
 
 def names_tokenizer_folder(module: Module) -> Iterator[int]:
     """``folder / "tokenizer"`` and ``Path(folder, "tokenizer", …)``."""
-    for node in ast.walk(module.syntax):
-        parts: list[ast.expr] = []
+    for node in module.nodes:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
             parts = [node.left, node.right]
-        elif isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in (
-            "Path",
-            "joinpath",
-            "join",
-        ):
+        elif isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in JOINS:
             parts = list(node.args)
-        texts = [
-            part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)
-        ]
-        if any(text.split("/")[0] == TOKENIZER_FOLDER for text in texts):
+        else:
+            continue
+        texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+        if any(isinstance(text, str) and text.split("/")[0] == TOKENIZER_FOLDER for text in texts):
             yield node.lineno
 
 
