@@ -111,9 +111,9 @@ def _choices(name: str) -> list[str]:
 
 
 def _placeholder(name: str) -> bool:
-    """``<stage>/config.py``, ``{host}.toml``, ``NAME.py``: no name of one file."""
+    """``<stage>/config.py``, ``{host}.toml``, ``NAME.py``, ``NNNN-x.md``: no name of one file."""
     parts = [part.partition(".")[0] for part in name.split("/")]
-    return bool(re.search(r"[<>{}…]", name)) or any(
+    return bool(re.search(r"[<>{}…]|(?<![A-Za-z])NN+(?![A-Za-z])", name)) or any(
         part.isupper() and part not in SPOKEN_LOUDLY for part in parts
     )
 
@@ -262,7 +262,8 @@ def unknown_commands(repository: Repository, path: str) -> list[str]:
     for pattern in (_COMMAND, _COMMAND_LIST):
         for line, said in _places(pattern, text):
             name = said.rstrip(".")  # of runtime_cpu.{name} the package; the end of a sentence
-            if name.partition(".")[0] in PACKAGES and not repository.runs(name):
+            placeholder = name.rpartition(".")[2].isupper()
+            if name.partition(".")[0] in PACKAGES and not placeholder and not repository.runs(name):
                 found.append(f"{path}:{line}: python -m {name} runs nothing")
     return found
 

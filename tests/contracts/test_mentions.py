@@ -160,7 +160,7 @@ def test_what_stands_for_nothing_is_seen(path: str, text: str) -> None:
         ("docs/a.md", "tools/replay_routes.cpp and csrc/cache.hpp and cache.hpp and docs/engine.md"),
         (
             "docs/a.md",
-            "runs/nano/x.md, FOLDER/x.py, <stage>/config.py, {host}.toml, MODEL.md, $HOME/a.sh, /etc/b.toml",
+            "runs/nano/x.md, FOLDER/x.py, <stage>/config.py, {host}.toml, MODEL.md, NNNN-x.md, $HOME/a.sh, /etc/b.toml",
         ),
         (
             "docs/a.md",
@@ -175,7 +175,7 @@ def test_what_stands_for_nothing_is_seen(path: str, text: str) -> None:
             "docs/a.md",
             "components.evaluation.write_sets, model.accounting.count, model.safetensors, model.generate()",
         ),
-        ("docs/a.md", "runtime_cpu.NAME, my.flows.x, flows.pipeline. Flows"),
+        ("docs/a.md", "runtime_cpu.NAME, python -m runtime_cpu.NAME, my.flows.x, flows.pipeline. Flows"),
         ("docs/a.md", "python -m flows.pipeline, python -m runtime_cpu.serve, python -m runtime_cpu.inspect"),
         (
             "docs/a.md",

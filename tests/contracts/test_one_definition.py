@@ -96,7 +96,7 @@ THE_ENGINE = "runtime_cpu/"
 
 @dataclass(frozen=True)
 class Single:
-    """A thing that one file may have, below ``home``; and one file of the engine, wherever that is.
+    """A thing that one file may have, below ``home`` (none where that is empty); and one of the engine.
 
     Attributes:
         also: further files that may have it, each with the reason.
@@ -116,7 +116,7 @@ THINGS = (
     Single("the categories' order", assigns("CATEGORIES")),
     Single("the categories in a row", lists_categories),
     Single("the tokenizer folder's name", assigns("TOKENIZER_FOLDER")),
-    Single("a path to the tokenizer folder", names_tokenizer_folder),
+    Single("a path to the tokenizer folder", names_tokenizer_folder, home=()),
     Single("the exit code of a user's error", assigns("EXIT_USER_ERROR")),
     Single(
         "the counter of parameters and FLOPs",
@@ -146,7 +146,7 @@ def test_what_stages_share_is_defined_once(thing: Single) -> None:
     tree = SourceTree.committed(*PRODUCT)
     expect_nothing(second_definitions(thing, tree))
     # Under another name it would be found nowhere, and the rule would hold of anything.
-    assert any(True for module in tree.modules.values() for _ in thing.places(module))
+    assert not thing.home or any(True for module in tree.modules.values() for _ in thing.places(module))
     assert set(thing.also) <= set(tree.files)
 
 

@@ -18,58 +18,33 @@ OURS = (*PRODUCT, "tests")
 EXTENSION = "_core"
 # Documented parts of named tuples and of the standard library, whatever their names look like.
 PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit", "_generate_next_value_"}
-# Private names of libraries: file's name, the name, and why there is no public one.
-_FAKE = (
-    "PyTorch offers its fake and dispatch modes under private modules only; they are documented for use there"
+_MODES = "PyTorch's fake and dispatch modes are documented for use, in modules with private names only"
+_NODES = "nothing else tells which node of autograd runs, and of which forward call it is"
+_MASTER = "where DeepSpeed keeps a parameter's piece of the fp32 weights; its public way copies the whole"
+_BF16 = "PyTorch has no public question for a CPU's bf16 instructions"
+# Private names of libraries: the name, the files that use it, and why there is no public one.
+_LISTED = (
+    ("_FastText", "languages.py quality.py", "the class behind fasttext.load_model, which prints a warning"),
+    ("_is_avx512_bf16_supported", "ranks.py", _BF16),
+    ("_is_amx_tile_supported", "ranks.py", _BF16),
+    ("_distributed_c10d", "ranks.py", "torch.distributed has HashStore, but its type stubs do not export it"),
+    ("_AllToAllV", "expert_parallel.py", "DeepSpeed's exchange of uneven parts with its gradient"),
+    ("_hp_mapping", "master_weights.py resharding.py", _MASTER),
+    ("_subclasses", "dry_run.py", _MODES),
+    ("_mode_utils", "step_ledger.py", _MODES),
+    ("_python_dispatch", "step_ledger.py", _MODES),
+    ("_pytree", "step_ledger.py", _MODES),
+    ("_get_sequence_nr", "step_ledger.py", _NODES),
+    ("_current_autograd_node", "step_ledger.py", _NODES),
+    ("_sequence_nr", "step_ledger.py", _NODES),
+    ("_compiled_call_impl", "step_ledger.py", "nothing else tells whether a module is compiled"),
+    ("_cdata", "step_ledger.py", "a storage's address, which tells two Python objects of one storage"),
+    ("_guards", "step_ledger.py", "nothing else tells whether torch.compile is tracing"),
+    ("_dynamo", "fused_regions.py", "the way to a backend of one's own for torch.compile"),
+    ("_ops", "fused_regions.py", "the type of a graph's higher-order operators"),
+    ("_deployments", "prefect_short_names.py", "the classes whose look-up of a deployment's name is wrapped"),
 )
-_LEDGER = "autograd shows which node runs, and with which forward number, nowhere else"
-OF_LIBRARIES: dict[tuple[str, str], str] = {
-    (
-        "policies.py",
-        "_FastText",
-    ): "the class behind fasttext.load_model, which prints a warning when it loads",
-    ("quality.py", "_FastText"): "the class behind fasttext.load_model, which prints a warning when it loads",
-    (
-        "engine.py",
-        "_distributed_c10d",
-    ): "a process group of one process needs no port with a HashStore, private in Python",
-    (
-        "engine.py",
-        "_is_avx512_bf16_supported",
-    ): "PyTorch has no public question for the CPU's bf16 instructions",
-    ("engine.py", "_is_amx_tile_supported"): "PyTorch has no public question for the CPU's bf16 instructions",
-    (
-        "expert_parallel.py",
-        "_AllToAllV",
-    ): "DeepSpeed's exchange with uneven splits and a gradient; it has no other name",
-    (
-        "master_weights.py",
-        "_hp_mapping",
-    ): "where DeepSpeed keeps a parameter's fp32 fragment; its public access copies it",
-    (
-        "resharding.py",
-        "_hp_mapping",
-    ): "where DeepSpeed keeps a parameter's fp32 fragment; its public access copies it",
-    ("dry_run.py", "_subclasses"): _FAKE,
-    (
-        "fused_regions.py",
-        "_dynamo",
-    ): "torch.compile's own way to a backend of one's own, as its documentation shows it",
-    ("fused_regions.py", "_ops"): "the type of higher-order operators, to know one in a graph",
-    ("step_ledger.py", "_mode_utils"): _FAKE,
-    ("step_ledger.py", "_python_dispatch"): _FAKE,
-    ("step_ledger.py", "_pytree"): _FAKE,
-    ("step_ledger.py", "_get_sequence_nr"): _LEDGER,
-    ("step_ledger.py", "_current_autograd_node"): _LEDGER,
-    ("step_ledger.py", "_sequence_nr"): _LEDGER,
-    ("step_ledger.py", "_compiled_call_impl"): "whether a module was compiled",
-    ("step_ledger.py", "_cdata"): "a storage's identity that outlives its Python object",
-    ("step_ledger.py", "_guards"): "whether torch.compile is tracing now",
-    (
-        "prefect_short_names.py",
-        "_deployments",
-    ): "the classes whose look-up of a deployment's name the plug-in wraps",
-}
+OF_LIBRARIES = {(file, name): reason for name, files, reason in _LISTED for file in files.split()}
 
 _BY_NAME = {"getattr", "setattr", "hasattr", "delattr", "attrgetter", "methodcaller"}
 
