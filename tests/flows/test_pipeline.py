@@ -22,6 +22,8 @@ from mlflow import MlflowClient
 from components.artifacts import PROJECT, Manifest, read_manifest
 from flows.stages import STAGE_NAMES
 from runtime_cpu import Engine
+from tests.contracts.artefact_table import disagreements, read_table
+from tests.contracts.source_tree import expect_nothing
 from tests.waiting import CEILING_S, wait_for
 
 pytestmark = pytest.mark.pipeline
@@ -143,6 +145,17 @@ def test_every_stage_did_its_work(root: Path) -> None:
     assert metrics["benchmark"]["q4_0_decode_tokens_per_s"] > 0
     config = json.loads((found["pretrain"][0] / "stage3/config.json").read_text())
     assert config["rope_theta"] == 1.5e6
+
+
+def test_every_file_is_in_the_table_of_the_contracts(root: Path) -> None:
+    table = read_table((PROJECT / "docs/contracts.md").read_text())
+    found = manifests(root)
+    assert set(found) == set(table)
+    expect_nothing(
+        f"{stage}: {said}"
+        for stage, (_, manifest) in found.items()
+        for said in disagreements(table[stage].writes, manifest.files)
+    )
 
 
 def test_the_model_answers_on_the_engine(root: Path) -> None:

@@ -11,8 +11,7 @@ import sys
 import time
 from typing import Any
 
-from runtime_cpu import Engine
-from runtime_cpu import Generation, Token
+from runtime_cpu import Engine, Generation, Token
 
 _generate, _next = Engine.generate, Generation.__next__
 
