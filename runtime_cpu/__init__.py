@@ -11,6 +11,8 @@ from runtime_cpu.engine import Engine, EngineBusyError, ModelInfo
 from runtime_cpu.generation import Generation, Stats, Token
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan
 
+__version__ = "0.1.0"  # the project's one place for it; pyproject.toml reads it from here
+
 __all__ = [
     "Engine",
     "EngineBusyError",
@@ -22,4 +24,5 @@ __all__ = [
     "ModelInfo",
     "Stats",
     "Token",
+    "__version__",
 ]
