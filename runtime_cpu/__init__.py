@@ -18,6 +18,8 @@ from runtime_cpu.engine.sessions import EngineBusyError
 from runtime_cpu.engine.stats import Stats
 from runtime_cpu.memory.plan import MemoryBudgetError, MemoryPlan
 
+__version__ = "0.1.0"  # the project's one place for it; pyproject.toml reads it from here
+
 __all__ = [
     "Engine",
     "EngineBusyError",
@@ -29,6 +31,7 @@ __all__ = [
     "ModelInfo",
     "Stats",
     "Token",
+    "__version__",
 ]
 
 # So that `python -m runtime_cpu.chat` and its like find their modules in `commands/`.

@@ -1,12 +1,16 @@
 #include "vocabulary.hpp"
 
+#include <sys/random.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cerrno>
 #include <functional>
 #include <limits>
-#include <random>
 #include <set>
+#include <system_error>
 
 namespace smallthinker {
 namespace {
@@ -61,10 +65,20 @@ std::uint64_t pair_of(std::int32_t left, std::int32_t right) {
          static_cast<std::uint32_t>(right);
 }
 
+// 64 bits that nobody knows beforehand. Not std::random_device: libstdc++'s, linked into a wheel, asks for
+// glibc 2.36.
+std::uint64_t drawn_seed() {
+  std::uint64_t seed = 0;
+  if (getentropy(&seed, sizeof seed) != 0) {
+    throw std::system_error(errno, std::generic_category(), "no random bits");
+  }
+  return seed;
+}
+
 // Where to begin looking in a table of 2^k entries. Nobody knows the seed beforehand: a file whose entries
 // crowd one place would take minutes to open.
 std::size_t place(std::uint64_t hash, std::size_t size) {
-  static const std::uint64_t seed = std::random_device{}() * 0x9E3779B97F4A7C15U;
+  static const std::uint64_t seed = drawn_seed();
   hash ^= seed;  // then murmur3's finaliser
   hash = (hash ^ (hash >> 33U)) * 0xFF51AFD7ED558CCDU;
   hash = (hash ^ (hash >> 33U)) * 0xC4CEB9FE1A85EC53U;
