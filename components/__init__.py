@@ -1,4 +1,4 @@
-"""One folder per stage, the ground that several share, and who observes a run; see docs/contracts.md.
+"""One folder per pipeline stage, what several stages share, and the observers of a run; see docs/contracts.md.
 
 Commands that moved answer to their earlier names too: ``python -m components.pretraining.benchmark``.
 """

@@ -19,10 +19,10 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed
 
-from components.artifacts import ArtifactError, StageError
+from components.artifacts import PROJECT, ArtifactError, StageError
 from flows.execution import Request, Say, run_pipeline, say_on_stderr
 from flows.overrides import RecipeError
-from flows.runner import PROJECT, Runner, StageOutcome
+from flows.runner import Runner, StageOutcome
 from flows.stages import Stage
 
 _USER_ERRORS = (RecipeError, StageError, ArtifactError)

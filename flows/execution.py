@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.artifacts import fingerprint
+from components.artifacts import PROJECT, fingerprint
 from components.reporting import write_report
 from flows.overrides import RecipeError, resolve
 from flows.promotion import promote
-from flows.runner import PROJECT, Runner, StageOutcome, finished_manifests
+from flows.runner import Runner, StageOutcome, finished_manifests
 from flows.stages import STAGE_NAMES, STAGES, Stage, upstream
 
 Say = Callable[[str], None]

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from components.artifacts import EXIT_USER_ERROR, ArtifactError, StageError
+from components.artifacts import EXIT_USER_ERROR, PROJECT, ArtifactError, StageError
 from flows.execution import Request, run_pipeline, say_on_stderr
 from flows.overrides import RecipeError, resolve
 from flows.recipes import RECIPES
-from flows.runner import PROJECT, Runner
+from flows.runner import Runner
 from flows.stages import STAGES, upstream
 
 

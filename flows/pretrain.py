@@ -27,12 +27,12 @@ def print_plan(config: PretrainConfig) -> int:
     lacks the GPUs is only said: plans are made before machines are rented.
     """
     from components.pretraining.architecture import model_config
-    from components.pretraining.plan import plan, preflight
+    from components.pretraining.estimate import estimate_run, preflight
 
-    made = plan(model_config(config), config)
-    sys.stdout.write(made.render() + "\n")
-    if made.problems:
-        say_on_stderr("error: refused, because\n  " + "\n  ".join(made.problems))
+    estimate = estimate_run(model_config(config), config)
+    sys.stdout.write(estimate.render() + "\n")
+    if estimate.problems:
+        say_on_stderr("error: refused, because\n  " + "\n  ".join(estimate.problems))
         return EXIT_USER_ERROR
     for line in preflight(config):
         say_on_stderr(f"this machine: {line}")

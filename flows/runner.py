@@ -22,6 +22,7 @@ import psutil
 from components.artifacts import (
     EXIT_USER_ERROR,
     METRICS_NAME,
+    PROJECT,
     ArtifactStore,
     Identity,
     Manifest,
@@ -36,11 +37,10 @@ from flows.stages import STAGES, Stage, stage_named
 if TYPE_CHECKING:
     from flows.recipes import Recipe
 
-PROJECT = Path(__file__).resolve().parent.parent
 _POLL_S = 0.5
-# How long a stage that was told to stop may take; one whose config has save_grace_s says so itself.
+# Grace period after SIGTERM; a stage whose config has save_grace_s sets its own.
 _GRACE_S = 30.0
-# The stage itself waits for its processes, a little shorter than this one waits for the stage.
+# On top of the stage's own grace period, since the stage itself waits for its worker processes.
 _MARGIN_S = 5.0
 
 
@@ -49,7 +49,7 @@ class PreflightError(StageError):
 
 
 class Observer(Protocol):
-    """Who watches a run: tracking. Stages never call it; the runner does."""
+    """Receives the events of a run, for tracking. Stages never call it; the runner does."""
 
     def stage_started(self, identity: Identity, folder: Path) -> None: ...
     def metrics_written(self, identity: Identity, folder: Path) -> None: ...
@@ -90,7 +90,7 @@ class Runner:
     Attributes:
         recipe: what to build.
         root: folder of all artefacts (``runs``); downloads are cached in ``root/cache``.
-        observer: told about every stage, or ``None``.
+        observer: receives the events of every stage, or ``None``.
         say: where sentences for the user go.
         rebuild: stages whose finished artefacts are set aside first.
     """
@@ -157,9 +157,9 @@ class Runner:
         for entry in planned:
             state = "finished" if entry.finished else "to run: " + "; ".join(entry.reasons[:4])
             self.say(f"  {entry.stage.name:<11} {state}")
-            if entry.stage.figures and not entry.finished:
-                figures: Callable[[Any], str] = _function(entry.stage.figures)
-                for line in figures(getattr(self.recipe, entry.stage.name)).splitlines():
+            if entry.stage.cost and not entry.finished:
+                describe_cost: Callable[[Any], str] = _function(entry.stage.cost)
+                for line in describe_cost(getattr(self.recipe, entry.stage.name)).splitlines():
                     self.say(f"{'':<14}{line}")
 
     def run_stage(self, stage: Stage) -> StageOutcome:

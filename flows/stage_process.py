@@ -41,7 +41,7 @@ def _caused_by_os_error(error: BaseException) -> OSError | None:
 def main(request_text: str, result_descriptor: int) -> int:
     """Run the stage described in the request and write its result to the pipe."""
     die_with_parent()
-    # Read when OpenMP is loaded. Spinning threads cost five times the work when another process wants the cores too.
+    # Read when OpenMP is loaded. Its busy waiting costs five times the work when other processes want the cores too.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     request = json.loads(request_text)
     context = StageContext(

@@ -16,14 +16,14 @@ class Stage:
         module: the component offering ``VERSION`` and ``run(context)``.
         parents: parents' stage names by role.
         preflight: ``module:function`` that lists what is missing before anything starts, or empty.
-        figures: ``module:function`` that says what the stage will cost, in lines of text, or empty.
+        cost: ``module:function`` that says what the stage will cost, in lines of text, or empty.
     """
 
     name: str
     module: str
     parents: Mapping[str, str] = field(default_factory=dict)
     preflight: str = ""
-    figures: str = ""
+    cost: str = ""
 
     @property
     def version(self) -> int:
@@ -50,8 +50,8 @@ STAGES: tuple[Stage, ...] = (
         "pretrain",
         "components.pretraining",
         _same_names("tokenize"),
-        preflight="components.pretraining.plan:preflight",
-        figures="components.pretraining.plan:describe_on_gpus",
+        preflight="components.pretraining.estimate:preflight",
+        cost="components.pretraining.estimate:describe_on_gpus",
     ),
     Stage(
         "posttrain", "components.posttraining", _same_names("pretrain", "tokenize", "synthesize", "evalsets")

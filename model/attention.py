@@ -60,7 +60,7 @@ def apply_rope(x_BNTH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``x * cos + rotate_half(x) * sin``; shapes ``[B, N, T, H]`` and ``[B or 1, 1, T, H]``."""
     half = x_BNTH.shape[-1] // 2
     rotated = torch.cat((-x_BNTH[..., half:], x_BNTH[..., :half]), dim=-1)
-    # Under autocast the angles come in float32; the product must not raise q and k to it.
+    # Under autocast the angles are float32; the product must not promote q and k to that.
     return x_BNTH * cos.to(x_BNTH.dtype) + rotated * sin.to(x_BNTH.dtype)
 
 

@@ -25,7 +25,7 @@ def set_compile_backend(backend: str | Callable[..., Any], fullgraph: bool = Fal
 
     Args:
         backend: ``"inductor"``, or what stands in for it.
-        fullgraph: raise where the graph breaks, instead of going on in pieces.
+        fullgraph: raise where the graph breaks, instead of compiling the parts.
     """
     _settings.update(backend=backend, fullgraph=fullgraph)
     for made in _made:

@@ -175,7 +175,7 @@ class Experts(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         backend = self.backend
         if backend == "auto":
-            # A rank to which no row was sent (expert parallelism) has nothing to give to the grouped kernel.
+            # Under expert parallelism a rank may receive no row, which the grouped kernel does not accept.
             backend = "grouped" if m_TD.is_cuda and experts_TK.numel() else "loop"
         if backend == "dense":
             return self._dense(m_TD, weights_TK, experts_TK, valid_T)

@@ -2,7 +2,7 @@
 
 Rows sorted by expert go through two ``grouped_mm``; what lies before, between and after is one pass over memory each,
 forward and backward, compiled on GPUs. Rows are gathered in both directions and never added by index, so that sums are
-made in float32, in a fixed order: ``index_add_`` on GPUs adds in whatever order threads arrive, in the tensor's dtype.
+made in float32, in a fixed order: ``index_add_`` on GPUs uses atomics, in no fixed order and in the tensor's dtype.
 
 Legend: T tokens, D model, E experts, F expert hidden, C = 2F (gate above up), K top-k, R = T * K rows by expert.
 """
@@ -116,7 +116,7 @@ def grouped_experts(
         order_R: the rows ``t * K + k`` in the order of their experts.
         ends_E: int32, where each expert's rows end.
         gate_up_ECD: gate above up.
-        down_EDF: the way back.
+        down_EDF: down projection.
 
     Returns:
         ``[T, D]``, and the active neurons of every row in the order of experts: ``[R]`` int64.

@@ -1,8 +1,8 @@
 """Losses: next-token cross-entropy, load balance over a data-parallel group, router z-loss; each returned by itself.
 
-The load-balance loss follows Qiu et al. (arXiv 2501.11873): expert frequencies are pooled over a group of data-parallel
-ranks and over the micro-steps since the last optimizer step, because balance within one micro-batch hinders experts
-from specialising.
+The load-balance loss follows Qiu et al. (arXiv 2501.11873): expert frequencies are all-reduced over a group of
+data-parallel ranks and summed over the micro-steps since the last optimizer step, because balance within one
+micro-batch hinders experts from specialising.
 
 Legend: B batch, T tokens, V vocabulary, L layers, E experts, K top-k.
 """

@@ -89,15 +89,15 @@ def build_layer_mask(
         return LayerMask(None, is_causal=False, blocks=document_blocks(documents_BT, window))
     plain = padding_BS is None and documents_BT is None
     fresh = isinstance(past_tokens, int) and past_tokens == 0 and keys == queries
-    bites = window is not None and window < keys
+    is_limiting = window is not None and window < keys
     if plain and fresh:
-        if not bites:
+        if not is_limiting:
             return LayerMask(None, is_causal=queries > 1)
         assert window is not None
         if torch.compiler.is_compiling():
             return LayerMask(_square_window.__wrapped__(queries, window, device), is_causal=False)
         return LayerMask(_square_window(queries, window, device), is_causal=False)
-    if plain and queries == 1 and not bites and isinstance(past_tokens, int):
+    if plain and queries == 1 and not is_limiting and isinstance(past_tokens, int):
         return LayerMask(None, is_causal=False)  # decoding: every cached key is visible
 
     query_slots_Q = torch.arange(queries, device=device) + past_tokens

@@ -276,7 +276,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             position_ids = (torch.arange(tokens, device=x_BTD.device) + past)[None]
         valid_T = None
         if document_ids is not None:
-            if padded is None:  # on a GPU the answer waits for everything before it
+            if padded is None:  # on a GPU this synchronises
                 padded = not torch.compiler.is_compiling() and bool((document_ids < 0).any())
             if padded:
                 valid_T = (document_ids >= 0).flatten()
@@ -307,7 +307,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
 
         counts_LE = torch.stack([output.counts_E for output in outputs])
         active_LE = torch.stack([output.active_E for output in outputs])
-        # torch.tensor would copy the number from the host and wait for it.
+        # torch.tensor would be a synchronising copy from the host.
         valid = torch.full((), batch * tokens, device=x_BTD.device) if valid_T is None else valid_T.sum()
         frequencies_LE = self.balance.frequencies(counts_LE, valid, self.training)
         mean_scores_LE = torch.stack([output.mean_scores_E for output in outputs])
@@ -455,7 +455,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             labels: ``[B, T]``, unshifted; -100 is ignored.
             document_ids: ``[B, T]``; tokens attend only within their document, and a document's first token
                 is no label. Negative: padding. Not together with ``attention_mask`` or a cache.
-            padded: whether ``document_ids`` holds padding; ``None``: look, for which a GPU's queue must run dry.
+            padded: whether ``document_ids`` holds padding; ``None``: look, which synchronises with the GPU.
             use_cache: return a cache. Default: the config's, except in training or with labels or documents.
             logits_to_keep: compute logits for this many last positions (0: all) or for these positions.
             output_hidden_states: return the residual stream before every layer.

@@ -208,7 +208,7 @@ class GGUFWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._partial.replace(self.path)
-        except OSError:
+        except BaseException:  # a signal's exception too: nobody abandons the file after this
             self.abandon()
             raise
         self._file = None

@@ -1,7 +1,15 @@
 """Artefacts: manifests, fingerprints and the stage contract. See ``docs/contracts.md``."""
 
 from components.artifacts.config import StageConfig, parse_config, wrong_values
-from components.artifacts.files import canonical_json, sha256_file, sync, write_atomically, write_json
+from components.artifacts.files import (
+    PROJECT,
+    canonical_json,
+    fsync_path,
+    new_file,
+    sha256_file,
+    write_atomically,
+    write_json,
+)
 from components.artifacts.manifest import (
     ArtifactError,
     FileEntry,
@@ -19,6 +27,7 @@ from components.artifacts.store import ArtifactStore, Identity, flatten
 __all__ = [
     "EXIT_USER_ERROR",
     "METRICS_NAME",
+    "PROJECT",
     "ArtifactError",
     "ArtifactStore",
     "FileEntry",
@@ -32,11 +41,12 @@ __all__ = [
     "die_with_parent",
     "fingerprint",
     "flatten",
+    "fsync_path",
+    "new_file",
     "once",
     "parse_config",
     "read_manifest",
     "sha256_file",
-    "sync",
     "verify_files",
     "write_atomically",
     "write_json",

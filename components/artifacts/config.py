@@ -17,7 +17,8 @@ class StageConfig(BaseModel):
 
     Fields in ``OPT_IN`` are left out of what is declared while they are null, so that adding such a field leaves the
     fingerprints of artefacts without it as they were. Fields in ``PLACEMENT`` say where and how a stage runs, not what
-    it makes: they are declared and do not enter the fingerprint, so that work begun on one machine goes on on another.
+    it makes: they are declared and do not enter the fingerprint, so that a run begun on one machine can be resumed on
+    another.
     """
 
     OPT_IN: ClassVar[frozenset[str]] = frozenset()
@@ -44,7 +45,7 @@ def parse_config(kind: type[_Config], context: StageContext) -> _Config:
         return kind.model_validate(dict(context.config))
     except ValidationError as error:
         raise StageError(
-            f"stage {context.stage} has a wrong value: {wrong_values(error, context.stage)}"
+            f"the config of stage {context.stage} has a wrong value: {wrong_values(error, context.stage)}"
         ) from error
 
 

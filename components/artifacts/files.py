@@ -6,7 +6,13 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+PROJECT = Path(__file__).resolve().parents[2]
+"""The checkout, where processes of the project are started and its files are found."""
 
 _CHUNK_BYTES = 1 << 20
 
@@ -25,8 +31,8 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Flush a file's contents, or a folder's entries, to the disk."""
+def fsync_path(path: Path) -> None:
+    """``fsync`` a file, or a folder's entries, so that a power failure does not lose them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +53,20 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file, written piece by piece, that appears under its name only when it is complete and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.part")
+    with draft.open("wb") as handle:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())
+    draft.replace(path)
+    fsync_path(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:

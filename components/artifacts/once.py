@@ -11,7 +11,7 @@ from components.artifacts.files import write_json
 
 
 def once(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``compute`` gave, as JSON values, kept in ``path``; a file that a crash or a hand damaged is made again."""
+    """What ``compute`` gave, as JSON values, kept in ``path``; a file that does not parse is computed again."""
     try:
         kept: dict[str, Any] = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel (Linux) to kill this process when its parent dies, so that nothing works on unseen.
+    """Ask the kernel (Linux) to kill this process when its parent dies, so that no orphan keeps running.
 
     Args:
         parent: process id of the parent; when it is gone already, this process ends at once.

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 METRICS_NAME = "metrics.jsonl"
-# Of every command and process of the pipeline, as argparse has it: what was asked for cannot be done, and a sentence
-# says why. 1 is a defect.
+# Exit code of every command and stage process for an error that the user can act on, the same as argparse's; a sentence
+# on stderr says what it was. Exit code 1 means a defect.
 EXIT_USER_ERROR = 2
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.artifacts.files import sync, write_atomically
+from components.artifacts.files import fsync_path, write_atomically
 from components.artifacts.manifest import (
     MANIFEST_NAME,
     ArtifactError,
@@ -147,12 +147,12 @@ class ArtifactStore:
         return reasons or ["the artefact was removed or set aside"]
 
     def write_manifest(self, folder: Path, manifest: Manifest) -> None:
-        """Finish an artefact: drop scratch, sync its files, write the manifest last."""
+        """Finish an artefact: drop scratch, fsync its files, write the manifest last."""
         for path in folder.iterdir():
             if path.name.startswith("."):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for name in manifest.files:
-            sync(folder / name)
+            fsync_path(folder / name)
         write_atomically(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
 
     @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 Category = Literal["general", "maths", "code", "web_stem", "chinese"]
-"""What curated documents are."""
+"""The kinds of curated documents."""
 TEXT_CATEGORIES: tuple[Category, ...] = ("general", "maths", "code", "web_stem", "chinese")
 CATEGORIES: tuple[str, ...] = (*TEXT_CATEGORIES, "sft")
-"""Those, and dialogues."""
+"""The kinds of curated documents, and dialogues."""

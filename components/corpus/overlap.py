@@ -69,7 +69,7 @@ class OverlapIndex:
                     continue
                 size = min(ngram, len(words))
                 table = index.grams.setdefault(size, {})
-                grams = (gram for gram in ngrams(words, size) if _telling(gram))
+                grams = (gram for gram in ngrams(words, size) if _is_distinctive(gram))
                 table.update((_hash(" ".join(gram)), task) for gram in grams)
         return index
 
@@ -79,7 +79,7 @@ class OverlapIndex:
 
 
 def exact_form(text: str) -> str:
-    """Text for whole-question comparison: case, spaces and punctuation levelled, numbers kept."""
+    """Text for whole-question comparison: case, spaces and punctuation normalised, numbers kept."""
     return str(simplify_text(text, _EXACT))
 
 
@@ -87,8 +87,8 @@ def _tokenizer(text: str) -> WordTokenizer:
     return CHINESE if _is_chinese(text) else SPACES
 
 
-def _telling(gram: Sequence[str]) -> bool:
-    """Whether an n-gram says something: lists of numbers and repeated signs (``0 0 0 …``) match by accident."""
+def _is_distinctive(gram: Sequence[str]) -> bool:
+    """Whether an n-gram can identify a text: lists of numbers and repeated signs (``0 0 0 …``) match by chance."""
     return len({word for word in gram if any(map(str.isalpha, word))}) >= _LEAST_DISTINCT_WORDS
 
 

@@ -39,6 +39,9 @@ TOPIC_TEXT_CHARS: Final = 240
 EVAL_SEED_START: Final = 10_000_000
 """reasoning_gym derives item i from ``seed + i``: training must keep ``seed + size`` below this number."""
 
+GSM_INSTRUCTION: Final = " Give the result as your final answer. Do not include units."
+"""What reasoning_gym's grade-school problems end with."""
+
 RESERVED_PERCENT: Final = 10
 
 

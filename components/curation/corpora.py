@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from components.corpus.categories import Category
-from components.corpus.templates import EVAL_SEED_START, UNCATEGORIZED
+from components.corpus.templates import EVAL_SEED_START, GSM_INSTRUCTION, UNCATEGORIZED
 from components.curation.config import CorpusName, PolicyName
 
 GSM_SEED = 1_000_000
-_GSM_INSTRUCTION = " Give the result as your final answer. Do not include units."
 _STDLIB_SKIPPED = re.compile(
     r"(^|/)(tests?|idle_test|site-packages|dist-packages|encodings|pydoc_data|lib2to3|turtledemo|__pycache__)/"
 )
@@ -124,7 +123,7 @@ def _gsm_problem(number: int) -> Item:
     problem = _gsm_problems()[number]
     question = str(problem["question"])
     text = (
-        question.removesuffix(_GSM_INSTRUCTION.strip()).rstrip() + "\n\n" + problem["metadata"]["answer_cot"]
+        question.removesuffix(GSM_INSTRUCTION.strip()).rstrip() + "\n\n" + problem["metadata"]["answer_cot"]
     )
     return Item(f"{GSM_SEED + number}", text, {"reserved_key": question, "question": question})
 

@@ -67,7 +67,7 @@ def shortened(text: str) -> str:
 
 @dataclass
 class Measured:
-    """A datatrove step whose traffic is counted: documents that enter and do not come out were dropped."""
+    """A datatrove step whose documents are counted: those that enter and do not come out were dropped."""
 
     step: PipelineStep
     count: StepCount
@@ -91,14 +91,14 @@ class Measured:
 
     def _entering(self, data: DocumentsPipeline) -> Iterator[Document]:
         for document in data:
-            self._settle()
+            self._count_if_dropped()
             self.count.documents_in += 1
             self.count.bytes_in += len(document.text.encode())
             self._pending, self._before = document, document.text
             yield document
-        self._settle()
+        self._count_if_dropped()
 
-    def _settle(self) -> None:
+    def _count_if_dropped(self) -> None:
         if self._pending is not None:
             reason = self._pending.metadata.get(
                 "filter_reason", "nothing left" if not self._pending.text else ""
@@ -108,7 +108,7 @@ class Measured:
 
 
 class _KeepReason:
-    """Stands where datatrove expects a writer of dropped documents, so that it records the reason."""
+    """In the place of datatrove's writer of dropped documents: with one set, datatrove records the reason."""
 
     def __enter__(self) -> _KeepReason:
         return self

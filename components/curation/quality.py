@@ -130,8 +130,8 @@ def train_reliably(train_supervised: Any, path: Path, **options: Any) -> Any:
     """Train fastText, the same bytes for the same text on every glibc: one thread, and memory that starts as zeros.
 
     With one thread fastText fills only the first tenth of its input matrix (``DenseMatrix::uniform``, 0.9.3) and leaves
-    the rest as the allocator gave it, which ends in NaN now and then. ``M_PERTURB`` makes glibc fill what it hands out
-    with the complement of the byte given. With more threads training races.
+    the rest as the allocator gave it, which ends in NaN now and then. ``M_PERTURB`` makes glibc's
+    malloc fill every block with the complement of the given byte. With more threads training races.
     """
     try:
         fill = ctypes.CDLL(None).mallopt

@@ -7,12 +7,10 @@ processes (``units.py``), drop near-duplicates across units, split by hash of th
 from __future__ import annotations
 
 import errno
-import hashlib
 import heapq
 import json
 import math
 import multiprocessing
-import os
 import platform
 import shutil
 import sys
@@ -27,8 +25,16 @@ import orjson
 from datatrove.utils.logging import logger  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, parse_config, write_atomically, write_json
+from components.artifacts import (
+    StageContext,
+    StageError,
+    new_file,
+    parse_config,
+    write_atomically,
+    write_json,
+)
 from components.corpus.categories import TEXT_CATEGORIES
+from components.corpus.hashing import hash_fraction
 from components.corpus.overlap import OverlapIndex
 from components.curation.config import CorpusSource, CurateConfig
 from components.curation.corpora import CORPORA
@@ -38,7 +44,7 @@ from components.curation.funnel import Funnel, StepCount, by_category, draw
 from components.curation.policies import POLICIES
 from components.curation.units import (
     FUNNEL_NAME,
-    Plan,
+    CurationJob,
     Unit,
     UnitPipeline,
     end_with_parent,
@@ -81,9 +87,9 @@ def _curate(context: StageContext, config: CurateConfig) -> dict[str, float]:
             context.inputs["evalsets"], config.decontamination_ngram, config.decontamination_min_words
         )
         index.save(index_path)
-    plan = Plan(tuple(units), config, model, models, index_path, work / "units")
-    _run_units(plan)
-    folders = [plan.output / unit.name for unit in units]
+    job = CurationJob(tuple(units), config, model, models, index_path, work / "units")
+    _run_units(job)
+    folders = [job.output / unit.name for unit in units]
     duplicates = Duplicates.find(folders, work / "duplicates", minhash_config(config))
     funnel = _write(context, config, units, folders, duplicates)
     return {**metrics, **_finish(context, config, funnel)}
@@ -156,24 +162,24 @@ def _start_worker() -> None:
     logger.remove()
 
 
-def _run_unit(plan: Plan, number: int) -> str:
-    UnitPipeline(plan).run(None, number, len(plan.units))
-    return plan.units[number].name
+def _run_unit(job: CurationJob, number: int) -> str:
+    UnitPipeline(job).run(None, number, len(job.units))
+    return job.units[number].name
 
 
-def _run_units(plan: Plan) -> None:
-    waiting = [n for n, unit in enumerate(plan.units) if not (plan.output / unit.name).is_dir()]
+def _run_units(job: CurationJob) -> None:
+    waiting = [n for n, unit in enumerate(job.units) if not (job.output / unit.name).is_dir()]
     if not waiting:
         return
-    # datatrove's local executor waits for ever when a worker is killed (out of memory); this pool notices.
+    # datatrove's local executor hangs when a worker is killed (out of memory); this pool raises.
     pool = ProcessPoolExecutor(
-        min(plan.config.workers, len(waiting)),
+        min(job.config.workers, len(waiting)),
         multiprocessing.get_context("spawn"),
         initializer=_start_worker,
     )
-    with pool, tqdm(total=len(plan.units), initial=len(plan.units) - len(waiting), desc="curate", unit="part",
+    with pool, tqdm(total=len(job.units), initial=len(job.units) - len(waiting), desc="curate", unit="part",
                     file=sys.stderr, disable=None) as bar:  # fmt: skip
-        futures = [pool.submit(_run_unit, plan, number) for number in waiting]
+        futures = [pool.submit(_run_unit, job, number) for number in waiting]
         try:
             for future in as_completed(futures):
                 bar.set_postfix_str(future.result(), refresh=False)
@@ -187,31 +193,26 @@ def _run_units(plan: Plan) -> None:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _share(identifier: str) -> float:
-    """A document's place in [0, 1), from its id alone: the split never depends on order or on other documents."""
-    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") / 2**64
-
-
 def _heldout_limits(
     units: list[Unit], folders: list[Path], duplicates: Duplicates, config: CurateConfig
 ) -> dict[str, float]:
-    """Per category, the share below which a document is held out: raised where the plain fraction is too little."""
+    """Per category, the hash below which a document is held out: raised where the plain fraction is too little."""
     least: dict[str, list[tuple[float, int]]] = {}
     for unit, folder in zip(units, folders, strict=True):
         heap = least.setdefault(unit.category, [])
         for document in duplicates.survivors(folder)[0]:
-            entry = (-_share(document.id), len(document.text.encode()))
+            entry = (-hash_fraction(document.id), len(document.text.encode()))
             heapq.heappush(heap, entry) if len(heap) < 4_096 else heapq.heappushpop(heap, entry)
     limits: dict[str, float] = {}
     for category, heap in least.items():
         limit, held = config.heldout_fraction, 0
-        ordered = sorted((-share, size) for share, size in heap)
-        for number, (share, size) in enumerate(ordered):
-            if share >= limit and (held >= config.heldout_min_bytes and number > 0):
+        ordered = sorted((-fraction, size) for fraction, size in heap)
+        for number, (fraction, size) in enumerate(ordered):
+            if fraction >= limit and (held >= config.heldout_min_bytes and number > 0):
                 break
-            if number >= max(1, len(ordered) // 4) and share >= limit:  # never more than a quarter
+            if number >= max(1, len(ordered) // 4) and fraction >= limit:  # never more than a quarter
                 break
-            limit, held = max(limit, math.nextafter(share, 1.0)), held + size
+            limit, held = max(limit, math.nextafter(fraction, 1.0)), held + size
         limits[category] = limit
     return limits
 
@@ -232,21 +233,15 @@ def _write(
             stream, measured = duplicates.survivors(folder)
             split_sizes = dict.fromkeys(_SPLITS, 0)
             for document in stream:
-                split = "heldout" if _share(document.id) < limits[unit.category] else "train"
+                split = "heldout" if hash_fraction(document.id) < limits[unit.category] else "train"
                 key = (split, unit.category)
                 if key not in files:
-                    path = context.out / split / f".{unit.category}.jsonl"
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    files[key] = stack.enter_context(path.open("wb"))
+                    path = context.out / split / f"{unit.category}.jsonl"
+                    files[key] = stack.enter_context(new_file(path))
                 row = {"text": document.text, "id": document.id, "metadata": document.metadata}
                 files[key].write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
                 split_sizes[split] += 1
             _add_to_funnel(funnel, unit, folder, measured.count, split_sizes, catalogue)
-        for handle in files.values():
-            handle.flush()
-            os.fsync(handle.fileno())
-    for (split, category), handle in files.items():
-        Path(handle.name).rename(context.out / split / f"{category}.jsonl")
     return funnel
 
 

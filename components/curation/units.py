@@ -1,6 +1,6 @@
-"""One task of curation: a part of a source through every document-wise step: ``UnitPipeline(plan).run(None, rank)``.
+"""One task of curation: a part of a source through every document-wise step: ``UnitPipeline(job).run(None, rank)``.
 
-``UnitPipeline`` is an ordinary datatrove step, so the same plan also runs under datatrove's cluster executors. Its
+``UnitPipeline`` is an ordinary datatrove step, so the same job also runs under datatrove's cluster executors. Its
 output appears whole or not at all: a folder per unit, renamed into place.
 """
 
@@ -59,7 +59,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CurationJob:
     """Everything the units need, picklable: the units, the config, and the files made before they start."""
 
     units: tuple[Unit, ...]
@@ -120,22 +120,22 @@ def _hub_reader(source: HubSource) -> PipelineStep:
 
 
 class UnitPipeline(PipelineStep):  # type: ignore[misc]
-    """Runs unit ``rank`` of a plan: read, extract, filter, score, decontaminate, write, sign."""
+    """Runs unit ``rank`` of a job: read, extract, filter, score, decontaminate, write, sign."""
 
     type = "🧹 - CURATE"
     name = "Unit"
 
-    def __init__(self, plan: Plan):
+    def __init__(self, job: CurationJob):
         super().__init__()
-        self.plan = plan
+        self.job = job
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> None:
         """Do the unit's work unless its folder is already there."""
-        unit = self.plan.units[rank]
-        final = self.plan.output / unit.name
+        unit = self.job.units[rank]
+        final = self.job.output / unit.name
         if final.is_dir():
             return
-        temporary = self.plan.output / f".{unit.name}.{os.getpid()}"
+        temporary = self.job.output / f".{unit.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         steps = self._steps(unit)
@@ -164,21 +164,21 @@ class UnitPipeline(PipelineStep):  # type: ignore[misc]
             yield document
 
     def _steps(self, unit: Unit) -> list[Measured]:
-        plan, policy = self.plan, POLICIES[unit.policy]
+        job, policy = self.job, POLICIES[unit.policy]
         steps: list[Measured] = []
         if isinstance(unit.source, CorpusSource) and CORPORA[unit.source.name].html:
             extractor = PageExtractor(
                 favour_precision=False, favor_recall=True, deduplicate=False, timeout=EXTRACTION_TIMEOUT_S
             )
             steps.append(Measured.of(extractor, "HTML extraction"))
-        for step in language(policy, plan.language_model, plan.config.language_threshold):
+        for step in language(policy, job.language_model, job.config.language_threshold):
             steps.append(Measured.of(step, "Language"))
         for step in policy.rules():
             steps.append(Measured.of(step, _plain_name(step)))
-        model = plan.quality_models.get(policy.quality)
-        threshold = 0.0 if policy.quality == "none" else plan.config.quality_threshold
+        model = job.quality_models.get(policy.quality)
+        threshold = 0.0 if policy.quality == "none" else job.config.quality_threshold
         steps.append(Measured.of(QualityFilter(model, policy.quality, threshold), "Quality score"))
-        overlap = OverlapFilter(plan.overlap_index, policy.words, policy.overlap == "question")
+        overlap = OverlapFilter(job.overlap_index, policy.words, policy.overlap == "question")
         steps.append(Measured.of(overlap, "Decontamination"))
         return steps
 
@@ -192,7 +192,7 @@ class UnitPipeline(PipelineStep):  # type: ignore[misc]
             for _ in whole:
                 pass
             return
-        config = minhash_config(self.plan.config)
+        config = minhash_config(self.job.config)
         MinhashDedupSignature(str(folder / SIGNATURES_NAME), config, language=policy.words).run(whole, 0, 1)
 
 
@@ -207,7 +207,7 @@ def minhash_config(config: CurateConfig) -> MinhashConfig:
 
 
 def _finished(stream: Iterator[Document], unit: Unit) -> Iterator[Document]:
-    """Documents with the metadata that every later stage relies on."""
+    """Documents with the metadata that every later pipeline stage relies on."""
     for document in stream:
         kept = {key: document.metadata[key] for key in ("quality", "topic") if key in document.metadata}
         common = {"category": unit.category, "source": unit.source.label, "synthetic": False}

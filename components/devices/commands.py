@@ -8,9 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from components.artifacts import StageError
-
-PROJECT = Path(__file__).resolve().parents[2]
+from components.artifacts import PROJECT, StageError
 
 
 def engine_command(name: str, arguments: Sequence[str], timeout_s: float) -> str:

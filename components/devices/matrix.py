@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from components.artifacts import StageError
+from components.artifacts import PROJECT, StageError
 
 LOCAL = "local"
 _REPORT_VERSION = 2
@@ -78,7 +78,6 @@ class Device(BaseModel):
 
     def _call(self, step: str, template: str, values: dict[str, str], timeout_s: float) -> str:
         command = [part.format(**values) for part in shlex.split(template)]
-        project = Path(__file__).resolve().parents[2]
         try:
             done = subprocess.run(
                 command,
@@ -86,7 +85,7 @@ class Device(BaseModel):
                 text=True,
                 timeout=timeout_s,
                 stdin=subprocess.DEVNULL,
-                cwd=project,
+                cwd=PROJECT,
             )
         except FileNotFoundError as error:
             raise DeviceUnavailable(f"{step}: there is no command {command[0]!r} here") from error

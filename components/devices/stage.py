@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from components.artifacts import StageContext, StageError, once, parse_config, write_json
+from components.artifacts import PROJECT, StageContext, StageError, once, parse_config, write_json
 from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
-from components.devices.commands import PROJECT, engine_command
+from components.devices.commands import engine_command
 from components.devices.config import BenchmarkConfig
 from components.devices.matrix import LOCAL, Device, DeviceUnavailable, read_matrix
 
@@ -126,14 +126,14 @@ def _agreement(
 ) -> dict[str, Any]:
     if not config.check_tokens or "f32" not in files:
         return {}
-    from components.devices.agreement import compare, torch_logits
+    from components.devices.logit_comparison import compare_logits, torch_logits
 
     folder = context.inputs["merge"] / "model"
     part = tokens[: min(config.check_tokens, _context_length(folder))]
     ids, ours = context.scratch / "check.npy", context.scratch / "logits.npy"
     np.save(ids, part)
     engine_command("logits", [str(files["f32"]), str(ids), str(ours)], config.timeout_s)
-    result = compare(np.load(ours), torch_logits(folder, part))
+    result = compare_logits(np.load(ours), torch_logits(folder, part))
     if not result.max_row_error <= config.max_logits_error:
         raise StageError(
             f"the engine's F32 logits are {result.max_row_error:.2e} from torch's (worst of {result.tokens} rows, "

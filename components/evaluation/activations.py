@@ -82,7 +82,7 @@ class HeldOutText:
 
 
 @dataclass
-class Routing:
+class RoutingStatistics:
     """Counts over held-out text; see :meth:`to_json` for what is made of them."""
 
     layers: int
@@ -102,17 +102,17 @@ class Routing:
         self.active_LE, self.rows_LE, self.kept_L = np.zeros(shape), np.zeros(shape), np.zeros(self.layers)
         self.sparsity_samples = [[] for _ in range(self.layers)]
 
-    def add(self, category: str, stats: Any, scored_BT: torch.Tensor, fresh_BT: torch.Tensor) -> None:
+    def add(self, category: str, stats: Any, scored_BT: torch.Tensor, opens_BT: torch.Tensor) -> None:
         """Count one forward.
 
         Args:
             category: whose text it was.
             stats: the forward's ``RouterStats`` with ``experts`` ``[L, B, T, K]`` recorded.
             scored_BT: which positions count.
-            fresh_BT: which positions open a document, so that the token before them is no neighbour.
+            opens_BT: which positions open a document, so that the token before them is of another text.
         """
         experts_LBTK = stats.experts.cpu()
-        scored_BT, fresh_BT = scored_BT.cpu(), fresh_BT.cpu()
+        scored_BT, opens_BT = scored_BT.cpu(), opens_BT.cpu()
         chosen_LE = np.stack(
             [
                 np.bincount(layer[scored_BT].flatten().numpy(), minlength=self.experts)
@@ -121,7 +121,7 @@ class Routing:
         )
         self.chosen[category] = self.chosen.get(category, np.zeros_like(self.active_LE)) + chosen_LE
         self.tokens[category] = self.tokens.get(category, 0) + int(scored_BT.sum())
-        neighbours_BT = scored_BT[:, 1:] & ~fresh_BT[:, 1:]
+        neighbours_BT = scored_BT[:, 1:] & ~opens_BT[:, 1:]
         now, before = experts_LBTK[:, :, 1:, :, None], experts_LBTK[:, :, :-1, None, :]
         kept_LBT = (now == before).any(dim=-1).sum(dim=-1)
         self.kept_L += (kept_LBT * neighbours_BT).sum(dim=(1, 2)).double().numpy()
@@ -166,7 +166,7 @@ class Routing:
 
     @property
     def mean_sparsity(self) -> float:
-        """Share of a chosen expert's neurons that are silent, over all (token, expert) pairs."""
+        """Share of a chosen expert's neurons that are inactive, over all (token, expert) pairs."""
         return float(1.0 - self.active_LE.sum() / max(1.0, self.rows_LE.sum() * self.expert_width))
 
 
@@ -184,7 +184,7 @@ def measure(
     text: HeldOutText,
     config: EvaluateConfig,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, dict[str, Any]], Routing]:
+) -> tuple[dict[str, dict[str, Any]], RoutingStatistics]:
     """Score held-out text.
 
     Returns:
@@ -192,7 +192,7 @@ def measure(
     """
     shape = model.config
     context = min(config.heldout_context_tokens, shape.max_position_embeddings)
-    routing = Routing(
+    routing = RoutingStatistics(
         shape.num_hidden_layers,
         shape.moe_num_primary_experts,
         shape.moe_num_active_primary_experts,

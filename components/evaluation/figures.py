@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from components.evaluation.activations import COLD_FREQUENCY, Floats, Routing
+from components.evaluation.activations import COLD_FREQUENCY, Floats, RoutingStatistics
 from components.measures.figures import save_figure, tidy
 
 _LABELLED_CELLS = 160  # above this the numbers in the cells would not be readable
@@ -24,7 +24,7 @@ def _map(axes: Axes, frequency_LE: Floats, top: float, numbers: bool) -> AxesIma
     return image
 
 
-def draw_heatmap(routing: Routing, path: Path) -> None:
+def draw_heatmap(routing: RoutingStatistics, path: Path) -> None:
     """Share of tokens that choose each expert: layers over experts, for all text and for each category."""
     names = list(routing.chosen)
     maps = {name: routing.frequency(name) for name in names}
@@ -53,7 +53,7 @@ def draw_heatmap(routing: Routing, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_sparsity(routing: Routing, path: Path) -> None:
+def draw_sparsity(routing: RoutingStatistics, path: Path) -> None:
     """Neuron sparsity per layer: one point per expert and batch of held-out text."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()

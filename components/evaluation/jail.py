@@ -1,7 +1,7 @@
 """Runs one untrusted Python program, read from stdin, with nothing to break: ``python -I -S jail.py FD MEMORY CPU``.
 
 Started by ``components.evaluation.sandbox`` only; imports nothing but the standard library. Before the program runs,
-the process gives up, in this order: its limits (setrlimit), its namespaces where the kernel allows (no network
+the process is confined, in this order: resource limits (setrlimit), its namespaces where the kernel allows (no network
 interfaces, no capabilities), every file but the interpreter's own, read only (Landlock), and every system call
 that is not on a short list (seccomp): no sockets, no new processes or threads, no signals, no opening for writing.
 It exits with status 3 without running anything when Landlock or seccomp cannot be had.
@@ -154,7 +154,7 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(quiet, descriptor)
     os.close(quiet)
-    # A second fence where the kernel lets us: no network interfaces, no capabilities over the machine.
+    # A second layer of isolation where the kernel allows user namespaces: no network interfaces, no capabilities.
     _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC)
     limit(memory_bytes, cpu_s)
     interpreter = [sys.base_prefix, "/usr/lib", "/usr/local/lib", "/lib", "/lib64", "/etc/ld.so.cache"]

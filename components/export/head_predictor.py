@@ -3,8 +3,9 @@
 Two products without a non-linearity, score = up (down state), name the rows whose logits are worth computing; the
 engine computes those and takes the others for minus infinity (``Engine.open(head="predictor")``). The paper publishes
 no recipe for its training. Ours: positives are the rows of the greatest logits on held-out text, the loss is binary
-cross-entropy with both classes at equal weight, the start is the best low-rank form of the logits, and the threshold is
-the one that finds the wanted share of positives on states that were not trained on, with weights rounded as stored.
+cross-entropy with both classes at equal weight, the initial weights are the best low-rank approximation of the logits,
+and the threshold is the one that finds the wanted share of positives on states that were not trained on, with weights
+rounded as stored.
 """
 
 # mypy: allow-untyped-calls
@@ -27,7 +28,7 @@ from components.export.config import HeadPredictorConfig
 from components.export.head_states import TILE_ROWS, Floats
 from components.measures.intervals import wilson_interval
 
-_START_SPREAD = 3.0  # of the scores before training: where the loss still bends
+_INITIAL_STD = 3.0  # of the scores before training: the sigmoid is not saturated there
 _ROWS_AT_ONCE = 64  # positions of which all logits are in memory
 
 
@@ -75,15 +76,15 @@ def train(
         )
     weight, fit = torch.from_numpy(head), torch.from_numpy(states[0])
     down, up = low_rank_start(weight, fit, config.width)
-    up *= _START_SPREAD / (fit[: 4 * _ROWS_AT_ONCE] @ down.T @ up.T).std()
+    up *= _INITIAL_STD / (fit[: 4 * _ROWS_AT_ONCE] @ down.T @ up.T).std()
     down, up = torch.nn.Parameter(down), torch.nn.Parameter(up)
     positives_NK = torch.cat([top_rows(weight, part, config.top_rows) for part in fit.split(_ROWS_AT_ONCE)])
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():  # rows start with the odds that the target asks for
+    with torch.no_grad():  # initial bias: the wanted share of positives scores above 0
         sample = fit[: 4 * _ROWS_AT_ONCE]
         found = (sample @ down.T @ up.T).gather(1, positives_NK[: len(sample)])
         offset = torch.nn.Parameter(found.flatten().quantile(1 - config.target_recall))
-    spreads = ((down, float(down.detach().std())), (up, float(up.detach().std())), (offset, _START_SPREAD))
+    spreads = ((down, float(down.detach().std())), (up, float(up.detach().std())), (offset, _INITIAL_STD))
     optimiser = torch.optim.Adam(
         [{"params": [value], "lr": config.learning_rate * spread} for value, spread in spreads]
     )

@@ -1,6 +1,6 @@
 """Can most rows of the output matrix be left unread? ``python -m components.export.head_study MODEL TEXT... --out F``.
 
-A screen estimates every logit from few bytes per row, with an error that it knows the size of; only rows that may
+A screen estimates every logit from few bytes per row, and knows the size of its error; only rows that may
 still reach the greatest logit are read and computed. On real states of a Hugging Face model this measures how many
 rows survive, how often the greatest logit is lost, and the bytes read against the whole matrix in Q4_0.
 
@@ -32,7 +32,7 @@ from components.measures.intervals import wilson_interval
 
 Floats = npt.NDArray[np.floating[Any]]
 BYTES_PER_WEIGHT = 18 / 32  # Q4_0
-_LEADERS = 64  # rows of the greatest estimates that are computed first: they set the bar
+_LEADERS = 64  # rows of the greatest estimates, computed first: the greatest of their logits is the threshold
 _CHUNK = 64
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -33,7 +33,8 @@ from components.export.verification import (
     sample_batch,
 )
 from components.export.vocabulary import read_vocabulary
-from model import CheckpointError, OfficialCheckpoint, SmallThinkerConfig, SmallThinkerForCausalLM
+from components.weights.model_folders import load_model
+from model import CheckpointError, OfficialCheckpoint, SmallThinkerConfig
 from model.accounting import count_parameters
 
 
@@ -107,8 +108,10 @@ def _train_predictor(
     """Train on states of the merged model over the held-out split, which the model did not learn from."""
     streams = shard_streams(context.inputs["tokenize"])
     windows = split_windows(streams, part.positions, part.window, split_parts(part))
-    dtype = torch.float32 if parameters <= config.verify_max_parameters else "auto"
-    network = SmallThinkerForCausalLM.from_pretrained(context.inputs["merge"] / "model", dtype=dtype).eval()
+    dtype: torch.dtype | Literal["auto"] = (
+        torch.float32 if parameters <= config.verify_max_parameters else "auto"
+    )
+    network = load_model(context.inputs["merge"] / "model", dtype=dtype)
     fit, held, test = (collect_states(network, rows) for rows in windows)
     head = head_weight(network)
     del network
@@ -160,10 +163,10 @@ def _compare_logits(
     report: dict[str, Any],
 ) -> None:
     source = context.inputs["merge"] / "model"
-    memory = SmallThinkerForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    memory = load_model(source)
     ids, mask = sample_batch(published.vocab_size, config.verify_tokens, config.seed)
     expected = reference_logits(memory, ids)
-    reloaded = SmallThinkerForCausalLM.from_pretrained(context.out / "hf", dtype=torch.float32).eval()
+    reloaded = load_model(context.out / "hf")
     report["hf"] = {"logits": row_errors(reference_logits(reloaded, ids), expected)}
     del reloaded
     for kind, path in paths.items():

@@ -189,8 +189,8 @@ class HeldOut:
     ) -> Scores | None:
         """Score the model with windows of ``context`` tokens; ``None`` when ``should_stop`` said so.
 
-        With ``world`` above 1 the forward passes are shared out over the ranks of torch's process group, as many to
-        each, and the sums pooled, so every rank returns the same scores.
+        With ``world`` above 1 the batches are split over the ranks of torch's process group, every rank runs the same
+        number of forward passes, and the sums are all-reduced, so every rank returns the same scores.
         """
         config = model.config
         layers, experts = config.num_hidden_layers, config.moe_num_primary_experts
@@ -213,7 +213,8 @@ class HeldOut:
                         out, nats = self._score(model, *batches[number], device)
                         nats_C[category] += nats
                     else:
-                        # Ranks that share experts exchange rows in every layer: one without a batch joins with padding.
+                        # Expert parallelism runs an all-to-all in every layer, in which a rank that has no batch left
+                        # must take part: it runs one of padding.
                         shape = batches[first][0][:, :-1].shape
                         padding_BT = torch.full(shape, self._eos_id, device=device)
                         out = model(

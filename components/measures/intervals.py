@@ -1,4 +1,4 @@
-"""How sure a figure is: ``wilson_interval(right=7, n=10)``, ``paired_interval(differences)``; 95 % throughout."""
+"""Confidence intervals: ``wilson_interval(right=7, n=10)``, ``paired_interval(differences)``; 95 % throughout."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class SmallThinkerTensors(ModuleArchitecture):  # type: ignore[misc]  # MergeKit
 
     Args:
         with_head: write ``lm_head.weight``. In a tied model it is a copy of the embedding, which files may carry
-            (the released 4B does) or not; a file without it lends its embedding.
+            (the released 4B does) or not; a file without it is read as if its embedding were there twice.
     """
 
     def __init__(self, with_head: bool) -> None:

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from components.artifacts import (
     StageContext,
+    fsync_path,
     once,
     parse_config,
-    sync,
     write_atomically,
     write_json,
 )
@@ -122,7 +122,7 @@ def _write_model(
         shutil.copyfile(chat / "generation_config.json", draft / "generation_config.json")
     copy_tokenizer(context.inputs["tokenize"] / TOKENIZER_FOLDER, draft)
     for path in draft.iterdir():
-        sync(path)
+        fsync_path(path)
     replace_folder(draft, context.out / "model")
 
 

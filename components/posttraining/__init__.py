@@ -6,7 +6,7 @@ VERSION = 1
 
 
 def run(context: StageContext) -> dict[str, float]:
-    """Fine-tune pretrain's last stage on synthesize's dialogues; returns headline metrics.
+    """Fine-tune the model of pretrain's last training stage on synthesize's dialogues; returns headline metrics.
 
     Raises:
         StageError: an input is missing or malformed, or training diverges.

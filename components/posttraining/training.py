@@ -1,7 +1,7 @@
 """Supervised fine-tuning of a loaded model: ``Trainer(model, rows, config, folder).train(...)``.
 
 A plain PyTorch loop. The stage fine-tunes for minutes, not weeks, and fits one device wherever the model does, so
-nothing of a sharding engine would be used; several processes are supported by summing gradients.
+nothing of a sharding engine would be used; several processes train data-parallel, with all-reduced gradients.
 
 The loss of an optimizer step is the weighted mean over *all* its assistant tokens, whatever the split into
 micro-batches and processes: each part contributes its sum divided by the step's weight. Router losses are averaged over
@@ -169,7 +169,7 @@ class Trainer:
         return complaints
 
     def save(self) -> None:
-        """Write a checkpoint that appears at once or not at all; rank 0 writes, the others wait."""
+        """Write a checkpoint atomically; rank 0 writes, the others wait at a barrier."""
         if self.rank == 0:
             state = {
                 "identity": self._identity,
@@ -244,7 +244,7 @@ class Trainer:
             (ce + router).backward()  # type: ignore[no-untyped-call]
             ce_sum += ce.detach()
             balance_sum += losses.load_balance_loss.detach() / parts
-        self._sum_over_processes(ce_sum, balance_sum)
+        self._all_reduce(ce_sum, balance_sum)
         loss = float(ce_sum)
         if not math.isfinite(loss):
             raise StageError(
@@ -268,15 +268,15 @@ class Trainer:
             "train/tokens": float(int((batch.document_ids_BT >= 0).sum())),
         }
 
-    def _sum_over_processes(self, *figures: Tensor) -> None:
+    def _all_reduce(self, *sums: Tensor) -> None:
         if self.world == 1:
             return
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
-        for figure in figures:
-            dist.all_reduce(figure)
+        for tensor in sums:
+            dist.all_reduce(tensor)
 
     def _check_divergence(self) -> None:
         losses = self.progress.losses

@@ -1,4 +1,4 @@
-"""Stage ``pretrain``: three curriculum stages on a DeepSpeed engine. ``run(context)``; see docs/pretraining.md.
+"""Stage ``pretrain``: three training stages on a DeepSpeed engine. ``run(context)``; see docs/pretraining.md.
 
 Importing this package does not import torch.
 """

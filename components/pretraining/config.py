@@ -12,8 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from components.artifacts import StageConfig
-
-CATEGORIES: tuple[str, ...] = ("general", "maths", "code", "web_stem", "chinese", "sft")
+from components.corpus.categories import CATEGORIES
 
 _Weight = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -39,8 +38,8 @@ class ModelPart(_Part):
         return size
 
 
-class CurriculumStage(_Part):
-    """One stage of the curriculum: how many tokens, of what, at which context length and RoPE base."""
+class TrainingStage(_Part):
+    """One training stage: how many tokens, of what, at which context length and RoPE base."""
 
     tokens: int = Field(ge=1, description="training tokens; rounded up to whole optimizer steps")
     context: int = Field(ge=8, le=1 << 20, description="tokens of one training sequence")
@@ -61,7 +60,7 @@ class CurriculumStage(_Part):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the stage."""
+        """Optimizer steps of the training stage."""
         return -(-self.tokens // (self.context * self.sequences_per_step))
 
 
@@ -113,14 +112,14 @@ class EvaluationPart(_Part):
 class PretrainConfig(StageConfig):
     """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe.
 
-    The fields in ``PLACEMENT`` decide where a run goes on and what becomes of it meanwhile. Its results do not depend
-    on them but for rounding, so they can be changed between two starts of the same run.
+    The fields in ``PLACEMENT`` say where a run computes, how its progress is saved and when it stops. Its results do
+    not depend on them but for rounding, so they can be changed between two starts of the same run.
     """
 
     PLACEMENT: ClassVar[frozenset[str]] = frozenset(
         {
-            # Who computes: sums are taken in another order; running (not exact) counts of the load-balance loss know
-            # other micro-steps.
+            # Where and how it is computed: the order of summation changes, and with it rounding; running (not exact)
+            # counts of the load-balance loss cover other micro-steps.
             "processes",
             "threads",
             "device",
@@ -137,7 +136,7 @@ class PretrainConfig(StageConfig):
             "keep_checkpoints",
             "seal_in_background",
             "save_grace_s",
-            # What a spike leads to: a run that none has hit is the same under all policies; skipped steps are noted.
+            # What a loss spike leads to: a run without one is the same under every policy; skipped steps are noted.
             "spike_ratio",
             "on_spike",
             "max_skips",
@@ -146,7 +145,7 @@ class PretrainConfig(StageConfig):
 
     seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
     model: ModelPart = Field(default_factory=ModelPart)
-    stages: tuple[CurriculumStage, ...] = Field(
+    stages: tuple[TrainingStage, ...] = Field(
         min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES
     )
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
@@ -286,7 +285,7 @@ class PretrainConfig(StageConfig):
         return self
 
     def micro_batch(self, stage: int) -> int:
-        """Sequences per forward pass in a stage (0-based): the first stage's token count, rounded down, at least 1."""
+        """Sequences per forward pass in a training stage (0-based): as many tokens as in the first, at least 1."""
         tokens = self.sequences_per_micro_batch * self.stages[0].context
         return max(1, min(tokens // self.stages[stage].context, self.stages[stage].sequences_per_step))
 
@@ -296,26 +295,26 @@ class PretrainConfig(StageConfig):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all stages together."""
+        """Optimizer steps of all training stages together."""
         return sum(stage.steps for stage in self.stages)
 
 
-_NANO_STAGES: tuple[CurriculumStage, ...] = (
-    CurriculumStage(
+_NANO_STAGES: tuple[TrainingStage, ...] = (
+    TrainingStage(
         tokens=1_500_000,
         context=256,
         sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.45, "maths": 0.15, "code": 0.15, "web_stem": 0.15, "chinese": 0.10},
     ),
-    CurriculumStage(
+    TrainingStage(
         tokens=1_100_000,
         context=256,
         sequences_per_step=8,
         rope_theta=1e5,
         mixture={"general": 0.30, "maths": 0.20, "code": 0.20, "web_stem": 0.20, "chinese": 0.10},
     ),
-    CurriculumStage(
+    TrainingStage(
         tokens=900_000,
         context=512,
         sequences_per_step=4,

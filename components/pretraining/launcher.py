@@ -1,8 +1,8 @@
 """Starts the worker processes of a run with torchrun and waits: ``train_under_torchrun(context, config)``.
 
 On one machine that is ``torchrun --standalone``; in a Slurm allocation of several nodes, ``srun`` starts one torchrun
-per node. Workers are ``python -m components.pretraining.worker REQUEST``; they meet in the stage's scratch folder,
-which all nodes must see.
+per node. Workers are ``python -m components.pretraining.worker REQUEST``; request and result are files
+in the stage's scratch folder, which all nodes must see.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from components.artifacts import StageContext, StageError, die_with_parent, write_json
+from components.artifacts import PROJECT, StageContext, StageError, die_with_parent, write_json
 from components.pretraining.config import PretrainConfig
 
 REQUEST_NAME, RESULT_NAME = "request.json", "result.json"
-_PROJECT = Path(__file__).resolve().parent.parent.parent
 
 
 def launch_command(config: PretrainConfig, request: Path, environment: Mapping[str, str]) -> list[str]:
@@ -51,7 +50,7 @@ def launch_command(config: PretrainConfig, request: Path, environment: Mapping[s
 def worker_environment(config: PretrainConfig, environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of torchrun and its workers.
 
-    torchrun kills workers 30 s after it passed a signal on, in the middle of a save if need be, unless told otherwise.
+    By default torchrun kills its workers 30 s after it forwarded a signal, even in the middle of a save.
     """
     own = {
         "OMP_NUM_THREADS": str(config.threads),
@@ -82,9 +81,9 @@ def train_under_torchrun(context: StageContext, config: PretrainConfig) -> dict[
     environment = worker_environment(config, os.environ)
     command = launch_command(config, request, environment)
     process = subprocess.Popen(
-        command, cwd=_PROJECT, env=environment, stdout=sys.stderr, preexec_fn=die_with_parent
+        command, cwd=PROJECT, env=environment, stdout=sys.stderr, preexec_fn=die_with_parent
     )
-    code = _wait_passing_signals_on(process)
+    code = _wait_forwarding_signals(process)
     if not result.exists():
         raise StageError(
             f"A training process died (torchrun's exit code is {code}; its output is above). What was saved is kept: "
@@ -98,15 +97,15 @@ def train_under_torchrun(context: StageContext, config: PretrainConfig) -> dict[
     return evaluations
 
 
-def _wait_passing_signals_on(process: subprocess.Popen[bytes]) -> int:
-    """Wait for torchrun; SIGTERM and SIGINT go on to it, and from it to the workers, which save and stop."""
+def _wait_forwarding_signals(process: subprocess.Popen[bytes]) -> int:
+    """Wait for torchrun; SIGTERM and SIGINT are forwarded to it, and by it to the workers, which save and stop."""
     if threading.current_thread() is not threading.main_thread():
         return process.wait()
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         process.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return process.wait()
     finally:

@@ -1,21 +1,21 @@
 """Pretraining values of the recipes: ``pretrain_config_nano()``, ``_smoke()``, ``_21b_slim()``, ``_4b()``, ``_21b()``.
 
 Marked [paper] where arXiv 2507.20984 gives the value and [ours] with a reason where it does not: the paper is silent
-on warm-up, clipping, loss weights, group size, stage split, mixtures, precision and hardware.
+on warm-up, clipping, loss weights, group size, training stages' shares, mixtures, precision and hardware.
 """
 
 from __future__ import annotations
 
 from components.pretraining.config import (
-    CurriculumStage,
     EvaluationPart,
     HardwarePart,
     ModelPart,
     OptimizerPart,
     PretrainConfig,
+    TrainingStage,
 )
 
-# [ours] The paper names the kinds of data and that later stages raise knowledge-dense text, not the shares.
+# [ours] The paper names the kinds of data and that later training stages raise knowledge-dense text, not the shares.
 _FOUNDATION = {"general": 0.55, "maths": 0.08, "code": 0.12, "web_stem": 0.10, "chinese": 0.15}
 _KNOWLEDGE = {"general": 0.35, "maths": 0.18, "code": 0.17, "web_stem": 0.20, "chinese": 0.10}
 _FINISHING = {"general": 0.22, "maths": 0.20, "code": 0.16, "web_stem": 0.17, "chinese": 0.10, "sft": 0.15}
@@ -45,7 +45,7 @@ def pretrain_config_smoke() -> PretrainConfig:
             },
         ),
         stages=tuple(
-            CurriculumStage(
+            TrainingStage(
                 tokens=tokens,
                 context=context,
                 sequences_per_step=1024 // context,
@@ -112,7 +112,7 @@ def _full_size(
     recompute_every: int,
     expert_parallel: int,
 ) -> PretrainConfig:
-    # [ours] 85 % / 12 % / 3 %: the bulk on general text, then knowledge, then a short stage for length and
+    # [ours] 85 % / 12 % / 3 %: the bulk on general text, then knowledge, then a short training stage for length and
     # instruction style; published runs of this kind spend 1-5 % of their tokens on extending the context.
     shares = (0.85, 0.12, 0.03)
     mixtures = (_FOUNDATION, _KNOWLEDGE, _FINISHING)
@@ -128,7 +128,7 @@ def _full_size(
     return PretrainConfig(
         model=ModelPart(preset=preset),
         stages=tuple(
-            CurriculumStage(
+            TrainingStage(
                 tokens=int(share * horizon_tokens),
                 context=context,
                 sequences_per_step=batch,
@@ -239,7 +239,7 @@ def benchmark_config(
     recipe = PRESETS[preset]()
     context = context or recipe.stages[0].context
     micro_batch = micro_batch or recipe.micro_batch(0)
-    stage = CurriculumStage(
+    stage = TrainingStage(
         tokens=steps * context * micro_batch * accumulation,
         context=context,
         sequences_per_step=micro_batch * accumulation,

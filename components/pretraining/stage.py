@@ -1,4 +1,4 @@
-"""The stage as the runner sees it: train in this process or under torchrun, then write tables and pictures."""
+"""The pipeline stage ``pretrain``: train in this process or under torchrun, then write tables and pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(context: StageContext) -> dict[str, float]:
     """Run or resume the stage.
 
     Returns:
-        Headline metrics: held-out bits per byte after each stage and of the bigram baseline, tokens, steps.
+        Headline metrics: held-out bits per byte after each training stage and of the bigram baseline, tokens, steps.
 
     Raises:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
@@ -73,12 +73,12 @@ def write_results(
     metrics["tokens"] = float(curriculum.tokens_before(curriculum.total_steps))
     metrics["steps"] = float(curriculum.total_steps)
     metrics.update(longer)
-    _check_lessons(context, names, heldout)
+    _note_regressions(context, names, heldout)
     return metrics
 
 
 def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict[str, float]:
-    """Write ``long_context.json``: what the last stage did to the loss before and beyond the earlier context's end."""
+    """Write ``long_context.json``: the last training stage's effect on the loss before and beyond the old context."""
     old, new = config.stages[-2].context, config.stages[-1].context
     if new <= old or not config.evaluation.position_documents:
         return {}
@@ -101,8 +101,8 @@ def _judge_longer_context(context: StageContext, config: PretrainConfig) -> dict
     return {"position_nats_change_before": before["change"], "position_nats_change_beyond": beyond["change"]}
 
 
-def _check_lessons(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
-    """Put into the notes what a reviewer would otherwise have to find in a table."""
+def _note_regressions(context: StageContext, names: list[str], heldout: Mapping[str, Any]) -> None:
+    """Note every training stage that did not lower the held-out loss, and a model that the bigram baseline beats."""
     for earlier, later in itertools.pairwise(names):
         if heldout[later]["overall"] >= heldout[earlier]["overall"]:
             context.note(f"{later} did not lower the held-out bits per byte of {earlier}.")

@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(context.scratch / RESULT_NAME, {**answer, "notes": context.notes})
     if "error" in answer:
         if not is_first:
-            time.sleep(
-                _GRACE_S
-            )  # torchrun ends all workers with the first that fails: let the first rank speak
+            # torchrun kills all workers when one exits with an error; the first rank has to write its message.
+            time.sleep(_GRACE_S)
         return EXIT_USER_ERROR
     from torch import distributed
 

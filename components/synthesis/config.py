@@ -7,8 +7,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from components.artifacts import StageConfig
-
-Category = Literal["general", "maths", "code", "web_stem", "chinese"]
+from components.corpus.categories import Category
 
 
 class _Part(BaseModel):

@@ -1,33 +1,31 @@
 """The stage ``synthesize``: ``run(context)`` asks a teacher, filters its answers and writes what is left.
 
-start the teacher | meanwhile: rows that need none, the plan     (stage.py, teacher.py, tasks.py, plan.py)
-live pass: items ask, answers land in the ledger                 (client.py, ledger.py)
-replay in the plan's order: filters decide, files are written    (items.py, filters.py, duplicates.py, tally.py)
+start the teacher | meanwhile: rows that need none, selected items   (teacher/, task_rows.py, selection.py)
+live pass: items ask, answers are written to the ledger              (items.py, teacher/client.py, teacher/ledger.py)
+replay in the items' order: filters decide, files are written        (items.py, filters/, overlap.py)
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from components.artifacts import StageContext, StageError, parse_config, write_json
+from components.artifacts import StageContext, StageError, new_file, parse_config, write_json
 from components.sources import SourceUnavailable, fetch
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.filters.answers import AnswerFilter
 from components.synthesis.filters.duplicates import NearDuplicates
-from components.synthesis.filters.overlap import EvaluationItems
 from components.synthesis.filters.tally import Tally
 from components.synthesis.items import Item, Made, Tools
+from components.synthesis.overlap import EvaluationItems
 from components.synthesis.personas import read_collection
-from components.synthesis.plan import plan
+from components.synthesis.selection import select_items
 from components.synthesis.task_rows import task_rows
 from components.synthesis.teacher.client import Client, LiveClient, Rejected, ReplayClient
 from components.synthesis.teacher.ledger import Ledger
@@ -85,7 +83,7 @@ class _Prepared:
 
     @property
     def evaluation(self) -> EvaluationItems:
-        """What must not occur."""
+        """The index of evaluation items, which must not occur in what is written."""
         if self._evaluation is None:
             filters = self._config.filters
             self._evaluation = EvaluationItems.read(
@@ -117,7 +115,7 @@ class _Prepared:
     def items(self) -> list[Item]:
         """What the teacher is asked."""
         if self._items is None:
-            self._items = plan(self._config, self._curated, self._roles())
+            self._items = select_items(self._config, self._curated, self._roles())
         return self._items
 
     def _roles(self) -> Sequence[str]:
@@ -157,7 +155,7 @@ async def _live_pass(
     teacher: Teacher,
     ledger: Ledger,
 ) -> None:
-    """Run every item, ``concurrency`` at a time, for its answers; what an item makes is of no interest yet."""
+    """Run every item, ``concurrency`` at a time, so that its answers are in the ledger; the outcome is discarded."""
     from tqdm import tqdm
 
     started = time.monotonic()
@@ -222,8 +220,8 @@ def _write(
     control = _Control(tools)
     documents, sft = Counter[str](), Counter[str]()
     with (
-        _new_file(context.out / DOCUMENTS_NAME) as documents_file,
-        _new_file(context.out / SFT_NAME) as sft_file,
+        new_file(context.out / DOCUMENTS_NAME) as documents_file,
+        new_file(context.out / SFT_NAME) as sft_file,
     ):
         for row in prepared.rows:
             _write_line(sft_file, row)
@@ -310,19 +308,8 @@ def _headline(
     }
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[IO[str]]:
-    """A file that appears under its name only when it is complete."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-
-
-def _write_line(handle: IO[str], value: dict[str, Any]) -> None:
-    handle.write(json.dumps(value, ensure_ascii=False) + "\n")
+def _write_line(handle: IO[bytes], value: dict[str, Any]) -> None:
+    handle.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
 
 
 def _log(sentence: str) -> None:

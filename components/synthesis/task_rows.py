@@ -1,6 +1,6 @@
 """SFT rows whose answers are known without a teacher: ``task_rows(config, curated, evaluation)``.
 
-The formats and the rule that keeps training and evaluation apart are evaluation's own (``evaluation/templates.py``).
+The formats and the rule that keeps training and evaluation apart are shared with evaluation (``corpus/templates.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from components.artifacts import StageError
 from components.corpus import templates
 from components.corpus.templates import EVAL_SEED_START, TOPICS, is_reserved
 from components.synthesis.config import TaskConfig
-from components.synthesis.plan import choose, read_documents
+from components.synthesis.selection import choose, read_documents
 
 Row = dict[str, Any]
 _GSM = "gsm_symbolic"

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from components.artifacts import StageContext, StageError, parse_config, write_json
 from components.corpus.categories import CATEGORIES
+from components.corpus.hashing import hash_fraction
 from components.corpus.shards import INDEX_NAME, TOKENIZER_FOLDER, TokenShards
 from components.sources import fetch
 from components.tokenization.config import TokenizeConfig
-from components.tokenization.texts import SPLITS, Text, TextSources, share
+from components.tokenization.texts import SPLITS, Text, TextSources
 from components.tokenization.vocabulary import (
     END_OF_TEXT,
     SPECIAL_TOKENS,
@@ -93,7 +94,7 @@ def training_sample(sources: TextSources, limit_bytes: int) -> Iterator[str]:
     for category in CATEGORIES:
         taken, limit = 0, sizes[category] * kept_share
         for text in sources.texts("train", category):
-            if taken < limit and share(text.id) < 1.2 * kept_share:
+            if taken < limit and hash_fraction(text.id) < 1.2 * kept_share:
                 piece = text.text[:_SAMPLE_CHARS]
                 for token in SPECIAL_TOKENS:
                     piece = piece.replace(token, "\n")

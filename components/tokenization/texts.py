@@ -14,6 +14,7 @@ import jinja2
 
 from components.artifacts import StageError
 from components.corpus.categories import CATEGORIES
+from components.corpus.hashing import hash_fraction
 from components.tokenization.vocabulary import CHATML_TEMPLATE
 
 SPLITS = ("train", "heldout")
@@ -28,11 +29,6 @@ class Text:
     id: str
     text: str
     chat: bool = False
-
-
-def share(identifier: str) -> float:
-    """A text's place in [0, 1), from its id alone."""
-    return int.from_bytes(hashlib.sha256(identifier.encode()).digest()[:8], "big") / 2**64
 
 
 class TextSources:
@@ -79,7 +75,7 @@ class TextSources:
                 continue
             text = self._template.render(messages=messages, add_generation_prompt=False)
             identifier = f"sft/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-            if ("heldout" if share(identifier) < limit else "train") == split:
+            if ("heldout" if hash_fraction(identifier) < limit else "train") == split:
                 yield Text(identifier, text, chat=True)
 
     @cached_property

@@ -1,12 +1,12 @@
 """Checkpoints that survive ``kill -9`` and bit rot: ``CheckpointStore(folder, keep=2)``.
 
 A checkpoint is a folder ``step-00000120`` that appears by one rename, after every file in it was checksummed and
-flushed to disk. Readers verify the checksums and fall back to the newest checkpoint that is whole. Checksumming and
-verifying can be shared out over processes: see ``components.pretraining.checkpoints.saving``.
+fsynced. Readers verify the checksums and fall back to the newest checkpoint that is whole. Checksumming and verifying
+can be split over ranks: see ``components.pretraining.checkpoints.saving``.
 
 Layout: ``step-XXXXXXXX/`` holds whatever the trainer wrote (DeepSpeed's files) and ``checksums.json``: ``{"step",
-"mesh", "files": {name: {"size_bytes", "sha256"}}, "self": sha256 of the rest}``. ``mesh`` says on which processes.
-Hidden folders are drafts; a reader does not see them.
+"mesh", "files": {name: {"size_bytes", "sha256"}}, "self": sha256 of the rest}``. ``mesh`` says how the
+ranks partitioned it. Hidden folders are drafts; a reader does not see them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import canonical_json, sha256_file, sync, write_atomically
+from components.artifacts import canonical_json, fsync_path, sha256_file, write_atomically
 
 CHECKSUMS_NAME = "checksums.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
-class CheckpointError(Exception):
+class DamagedCheckpointError(Exception):
     """A checkpoint is torn or altered; the message names the file."""
 
 
@@ -37,7 +37,7 @@ class Checkpoint:
     Attributes:
         step: optimizer steps taken before it.
         path: its folder.
-        mesh: the processes that wrote it, as they put it.
+        mesh: how the ranks that wrote it partitioned the state.
     """
 
     step: int
@@ -50,11 +50,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def checksum(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Flush files of ``folder`` to disk; their entries of ``checksums.json``."""
+    """Fsync files of ``folder``; returns their entries of ``checksums.json``."""
     entries: dict[str, Any] = {}
     for name in names:
         path = folder / name
-        sync(path)
+        fsync_path(path)
         entries[name] = {"size_bytes": path.stat().st_size, "sha256": sha256_file(path)}
     return entries
 
@@ -64,15 +64,17 @@ def seal(folder: Path, step: int, mesh: Mapping[str, Any], entries: Mapping[str,
     names = [path.relative_to(folder).as_posix() for path in _files(folder)]
     missing = sorted(set(entries) - set(names))
     if missing:
-        raise CheckpointError(f"{folder.name} has lost files while it was written: {', '.join(missing)}")
+        raise DamagedCheckpointError(
+            f"{folder.name} has lost files while it was written: {', '.join(missing)}"
+        )
     rest = checksum(folder, [name for name in names if name not in entries])
     files = {name: {**entries, **rest}[name] for name in names}
     payload: dict[str, Any] = {"step": step, "mesh": dict(mesh), "files": files}
     payload["self"] = hashlib.sha256(canonical_json(payload).encode()).hexdigest()
     write_atomically(folder / CHECKSUMS_NAME, json.dumps(payload, indent=1).encode())
     for directory in [p for p in folder.rglob("*") if p.is_dir()]:
-        sync(directory)
-    sync(folder)
+        fsync_path(directory)
+    fsync_path(folder)
 
 
 def split_by_size(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
@@ -93,7 +95,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> tuple[int, dict[str
         Its step, and the mesh that wrote it.
 
     Raises:
-        CheckpointError: a file is missing, surplus, truncated or altered, or the checksums themselves are.
+        DamagedCheckpointError: a file is missing, surplus, truncated or altered, or the checksums themselves are.
     """
     try:
         payload = json.loads((folder / CHECKSUMS_NAME).read_bytes().decode("utf-8"))
@@ -102,20 +104,20 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> tuple[int, dict[str
         step, mesh = int(payload["step"]), dict(payload["mesh"])
         sizes = {name: int(entry["size_bytes"]) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder.name}/{CHECKSUMS_NAME} cannot be read") from error
+        raise DamagedCheckpointError(f"{folder.name}/{CHECKSUMS_NAME} cannot be read") from error
     if hashlib.sha256(canonical_json(payload).encode()).hexdigest() != stated:
-        raise CheckpointError(f"{folder.name}/{CHECKSUMS_NAME} was altered")
+        raise DamagedCheckpointError(f"{folder.name}/{CHECKSUMS_NAME} was altered")
     present = {path.relative_to(folder).as_posix() for path in _files(folder)}
     if present != set(files):
         names = ", ".join(sorted(present ^ set(files)))
-        raise CheckpointError(f"{folder.name} has missing or surplus files: {names}")
+        raise DamagedCheckpointError(f"{folder.name} has missing or surplus files: {names}")
     for name, size in sizes.items():
         found = (folder / name).stat().st_size
         if found != size:
-            raise CheckpointError(f"{folder.name}/{name} has {found} bytes instead of {size}")
+            raise DamagedCheckpointError(f"{folder.name}/{name} has {found} bytes instead of {size}")
     for name in split_by_size(sizes, shares)[share]:
         if sha256_file(folder / name) != files[name]["sha256"]:
-            raise CheckpointError(f"{folder.name}/{name} does not match its SHA-256")
+            raise DamagedCheckpointError(f"{folder.name}/{name} does not match its SHA-256")
     return step, mesh
 
 
@@ -133,7 +135,7 @@ class CheckpointStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def prepare(self, step: int) -> Path:
-        """An empty folder to write step ``step``'s files into (one process calls this; others wait for it)."""
+        """An empty folder to write step ``step``'s files into (one rank calls this, the others wait)."""
         draft = self._draft(step)
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
@@ -153,21 +155,21 @@ class CheckpointStore:
 
         Args:
             step: the step.
-            mesh: the processes that wrote it.
-            entries: checksums of files that were flushed and checksummed already.
+            mesh: how the ranks that wrote it partition the state.
+            entries: checksums of files that were fsynced and checksummed already.
         """
         draft, final = self._draft(step), self.path(step)
         seal(draft, step, mesh or {}, entries or {})
         if final.exists():  # an earlier attempt's, found torn when it was read
             shutil.rmtree(final)
         draft.rename(final)
-        sync(self.folder)
+        fsync_path(self.folder)
         for stale in self.steps()[: -self._keep]:
             self._remove(stale)
         return Checkpoint(step, final, mesh or {})
 
     def universal_path(self, step: int) -> Path:
-        """Where the form of a step's checkpoint for other processes is, or would be."""
+        """Where the resharded form of a step's checkpoint is, or would be."""
         return self.folder / f"step-{step:08d}-universal"
 
     def _remove(self, step: int) -> None:
@@ -183,12 +185,12 @@ class CheckpointStore:
         """The checkpoint of ``step``, or one of ``shares`` parts of it, checked.
 
         Raises:
-            CheckpointError: it is not whole.
+            DamagedCheckpointError: it is not whole.
         """
         path = self.path(step)
         stated, mesh = verify(path, share, shares)
         if stated != step:
-            raise CheckpointError(f"{path.name} says that it is of step {stated}")
+            raise DamagedCheckpointError(f"{path.name} says that it is of step {stated}")
         return Checkpoint(step, path, mesh)
 
     def newest(self, at_most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
@@ -199,12 +201,12 @@ class CheckpointStore:
                 continue
             try:
                 return self.verify(step), complaints
-            except CheckpointError as error:
+            except DamagedCheckpointError as error:
                 complaints.append(complaint(error))
         return None, complaints
 
     def discard_after(self, step: int) -> None:
-        """Remove drafts and every checkpoint beyond ``step``: the run goes on from there and rewrites them."""
+        """Remove drafts and every checkpoint beyond ``step``: the run resumes there and rewrites them."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path)
         for later in self.steps():
@@ -212,6 +214,6 @@ class CheckpointStore:
                 self._remove(later)
 
 
-def complaint(error: CheckpointError) -> str:
+def complaint(error: DamagedCheckpointError | OSError) -> str:
     """The sentence for the manifest's notes."""
     return f"Passed over a damaged checkpoint: {error}."

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 
-from components.artifacts import StageError, sync
+from components.artifacts import StageError, fsync_path
 from components.corpus.dialogues import DialogueEncoder
 from model import SmallThinkerForCausalLM
 
 
-def load_model(folder: Path, device: torch.device) -> SmallThinkerForCausalLM:
-    """Load a checkpoint in float32, whatever it is stored in.
+def load_model(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | Literal["auto"] = torch.float32
+) -> SmallThinkerForCausalLM:
+    """Load a checkpoint in evaluation mode; ``auto``: in the dtype that it is stored in.
 
     Raises:
         StageError: the folder holds no readable model.
     """
     if not (folder / "config.json").is_file():
-        raise StageError(f"{folder} does not hold a model: config.json is missing.")
+        raise StageError(f"{folder} holds no model; run the stage that trains it.")
     try:
-        model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StageError(f"the model in {folder} cannot be loaded: {error}") from error
     torch.nn.Module.to(model, device)
@@ -71,7 +74,7 @@ def save_model(
     model.save_pretrained(draft)
     copy_tokenizer(tokenizer_folder, draft)
     for path in draft.iterdir():
-        sync(path)
+        fsync_path(path)
     replace_folder(draft, folder)
 
 
@@ -87,4 +90,4 @@ def replace_folder(draft: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)

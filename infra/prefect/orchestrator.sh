@@ -22,18 +22,18 @@ stop() {
 trap stop EXIT
 trap 'exit 0' INT TERM
 
-healthy() { .venv/bin/python -c "import urllib.request as u; u.urlopen('$PREFECT_API_URL/health', timeout=1)" 2>/dev/null; }
+healthy() { .venv/bin/python -c "import urllib.request as u; u.urlopen('$PREFECT_API_URL/health', timeout=10)" 2>/dev/null; }
 
 if ! healthy; then
     mkdir -p .prefect
     PREFECT_UI_API_URL=$PREFECT_API_URL $prefect server start --host 127.0.0.1 --port "$port" >.prefect/server.log 2>&1 &
     server=$!
-    for _ in $(seq 120); do
+    for _ in $(seq 1200); do
         healthy && break
         kill -0 "$server" 2>/dev/null || { tail -5 .prefect/server.log >&2; echo "the Prefect server did not start" >&2; exit 1; }
         sleep 0.5
     done
-    healthy || { echo "the Prefect server did not answer within a minute; see .prefect/server.log" >&2; exit 1; }
+    healthy || { echo "the Prefect server did not answer within ten minutes; see .prefect/server.log" >&2; exit 1; }
 fi
 $prefect work-pool inspect local >/dev/null 2>&1 || $prefect work-pool create --type process local >/dev/null
 $prefect --no-prompt deploy --all

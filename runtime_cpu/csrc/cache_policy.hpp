@@ -4,7 +4,8 @@
 //   history.begin(layer);  history.use(key);              // key = layer * experts + expert
 //   find_policy("lru").worth(history, key)                // the lowest of the evictable ones goes
 //
-// docs/log.md holds the measurements behind kDefaultPolicy; tests/replay.cpp repeats them.
+// docs/experiments/0005-cache-policies.md holds the measurements behind kDefaultPolicy; csrc/tools/replay_routes.cpp
+// repeats them.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // Routers read the raw residual stream, which changes little from layer to layer: the routers of the next
 // layers, applied to the stream as it enters this one, already name most of what they will choose. How often
 // a guess of a rank and a distance was right is learnt from the text. The routers are kept a second time as
-// Q4_0 tiles, a seventh of the bytes and nearly as right (docs/log.md).
+// Q4_0 tiles, a seventh of the bytes and nearly as right (docs/experiments/0069-guess-shares.md).
 //
 //   kernels.tiles(forecast.router(layer + d), ..., forecast.logits(d), ...);  // on what enters `layer`
 //   forecast.learn(layer, chosen);                                            // by its own router

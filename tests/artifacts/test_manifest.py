@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 from hypothesis import given
@@ -56,14 +55,20 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_pa
     write_atomically(target, contents[0])
     seen = set()
     for attempt in range(12):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             while True:
                 write_atomically(target, contents[1])
+                os.write(writer, b"1")
                 write_atomically(target, contents[0])
-        time.sleep(0.004 * (attempt + 1))
+                os.write(writer, b"0")
+        for _ in range(attempt):  # killed within the next write
+            os.read(reader, 1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
         data = target.read_bytes()
         assert data in contents
         seen.add(data[:1])

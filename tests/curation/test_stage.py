@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from components.artifacts import StageContext, StageError
 from components.curation import CurateConfig, run
 from tests.curation.planted import RESERVED, plant_all, plant_evalsets
+from tests.waiting import state_of, wait_for
 
 ROOT = Path(__file__).parents[2]
 CONFIG = CurateConfig(
@@ -118,14 +118,18 @@ def main():
         sys.exit(3)
 if __name__ == "__main__":
     main()
+elif len(sys.argv) > 5:  # a worker, which stops once this unit is there: the run cannot end before it is killed
+    from tests.freezing import freeze_when
+    freeze_when(lambda: any((Path(sys.argv[2]) / ".work/units").glob(sys.argv[5])))
 """
 
 
-def start(base: Path, out: Path, limit: int = 0) -> subprocess.Popen[str]:
+def start(base: Path, out: Path, limit: int = 0, until: str | None = None) -> subprocess.Popen[str]:
     driver = base / "driver.py"
     driver.write_text(DRIVER)
     out.mkdir(exist_ok=True)
     command = [sys.executable, str(driver), str(base), str(out), json.dumps(CONFIG), str(limit)]
+    command += [] if until is None else [until]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -134,11 +138,13 @@ def start(base: Path, out: Path, limit: int = 0) -> subprocess.Popen[str]:
 
 def test_killed_then_full_disk_then_same_bytes(curated: tuple[Path, dict[str, float]], base: Path) -> None:
     out = base / "second"
-    process = start(base, out)
-    deadline = time.monotonic() + 240
-    while not list((out / ".work/units").glob("owt-*")) and time.monotonic() < deadline:
+    process = start(base, out, until="owt-*")
+
+    def unit_made() -> bool:
         assert process.poll() is None
-        time.sleep(0.05)
+        return any((out / ".work/units").glob("owt-*"))
+
+    wait_for(unit_made, "the first unit")
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "funnel.json").exists()
@@ -155,26 +161,17 @@ def test_killed_then_full_disk_then_same_bytes(curated: tuple[Path, dict[str, fl
 def test_no_worker_outlives_a_killed_stage(base: Path) -> None:
     process = start(base, base / "third")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 240
-    workers: list[str] = []
-    while len(workers) < 2 and time.monotonic() < deadline and process.poll() is None:
-        workers = children.read_text().split()
-        time.sleep(0.02)
+
+    def working() -> bool:
+        assert process.poll() is None
+        return any((base / "third/.work/units").glob("*"))
+
+    wait_for(working, "a worker's first file")
+    workers = [int(pid) for pid in children.read_text().split()]
     assert len(workers) >= 2  # multiprocessing's resource tracker and the worker
-    time.sleep(1.0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(map(alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in workers if alive(pid)]
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_for(lambda: not any(map(state_of, workers)), "the workers' end")
 
 
 def test_missing_evaluation_files_and_wrong_config(base: Path, tmp_path: Path) -> None:

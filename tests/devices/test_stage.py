@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ from components.artifacts import StageContext, StageError
 from components.corpus.shards import TokenShards
 from components.devices import BenchmarkConfig, run
 from components.devices import stage as stage_module
-from components.devices.agreement import compare
+from components.devices.logit_comparison import compare_logits
 from components.devices.matrix import DeviceUnavailable, read_matrix
 from components.export.gguf_file import write_gguf
 from components.export.vocabulary import read_vocabulary
 from model import OfficialCheckpoint, SmallThinkerConfig, SmallThinkerForCausalLM
+from tests.freezing import await_frozen
 from tests.runtime_cpu.gguf_vocabulary import CORPUS, train
+from tests.waiting import CEILING_S
 
 PROJECT = Path(__file__).resolve().parents[2]
 VOCAB = 704
@@ -159,8 +160,10 @@ def test_a_killed_stage_goes_on_where_it_was(inputs: dict[str, Path], tmp_path: 
     program = (
         "import sys, json\nfrom pathlib import Path\nfrom components.artifacts import StageContext\n"
         "from components.devices import run\n"
+        "from tests.freezing import freeze_when\n"
         "inputs = {k: Path(v) for k, v in json.loads(sys.argv[1]).items()}\n"
         "out = Path(sys.argv[2])\n"
+        "freeze_when(lambda: (out / '.work/agreement.json').exists())\n"
         "run(StageContext('benchmark', 'toy', json.loads(sys.argv[3]), inputs, out, out))\n"
     )
     roles = json.dumps({role: str(path) for role, path in inputs.items()})
@@ -171,9 +174,7 @@ def test_a_killed_stage_goes_on_where_it_was(inputs: dict[str, Path], tmp_path: 
         start_new_session=True,
     )
     marker = out / ".work" / "agreement.json"
-    while not marker.exists():
-        assert child.poll() is None
-        time.sleep(0.01)
+    await_frozen(child.pid, lambda: child.poll() is None)
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     assert not (out / "bench.json").exists()
@@ -256,6 +257,7 @@ description = "reached through a shell"
 folder = "{tmp_path}/board"
 host = "here"
 probe = "mkdir -p {{folder}}"
+probe_timeout_s = {CEILING_S}
 copy_model = "cp {{model}} {{folder}}/{{file}}"
 bench = """env BOARD={{host}} {{python}} -m runtime_cpu.bench {{folder}}/{{file}} --threads 1 --json - \\
   --runs {{runs}} --prompt {{prompt}} --decode {{decode}}"""
@@ -309,10 +311,10 @@ def test_the_committed_matrix_is_sound() -> None:
     assert next(iter(devices)) == "local" and len(devices) > 2
     missing = devices["raspberry-pi-5"].model_copy(update={"probe": "no-such-command-here {host}"})
     with pytest.raises(DeviceUnavailable, match="no command 'no-such-command-here'"):
-        missing.measure(Path("x.gguf"), runs=1, prompt_tokens=1, decode_tokens=1, timeout_s=5)
-    slow = devices["local"].model_copy(update={"probe": "sleep 5", "probe_timeout_s": 0.1})
+        missing.measure(Path("x.gguf"), runs=1, prompt_tokens=1, decode_tokens=1, timeout_s=CEILING_S)
+    slow = devices["local"].model_copy(update={"probe": "sleep 3600", "probe_timeout_s": 0.1})
     with pytest.raises(DeviceUnavailable, match=r"did not end within 0.1 s"):
-        slow.measure(Path("x.gguf"), runs=1, prompt_tokens=1, decode_tokens=1, timeout_s=5)
+        slow.measure(Path("x.gguf"), runs=1, prompt_tokens=1, decode_tokens=1, timeout_s=CEILING_S)
 
 
 @pytest.mark.parametrize(
@@ -343,14 +345,14 @@ def test_a_missing_matrix_is_one_error(tmp_path: Path) -> None:
 
 def test_comparison_of_logits() -> None:
     theirs = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    assert compare(theirs, theirs).max_row_error == 0
+    assert compare_logits(theirs, theirs).max_row_error == 0
     ours = theirs.copy()
     ours[2] *= 1.01
-    assert compare(ours, theirs).max_row_error == pytest.approx(0.01, rel=1e-3)
+    assert compare_logits(ours, theirs).max_row_error == pytest.approx(0.01, rel=1e-3)
     ours[2, 3] = np.nan
-    assert compare(ours, theirs).max_row_error == np.inf
+    assert compare_logits(ours, theirs).max_row_error == np.inf
     with pytest.raises(StageError, match="logits of shape"):
-        compare(ours[:, :6], theirs)
+        compare_logits(ours[:, :6], theirs)
 
 
 def test_the_default_config_is_nano() -> None:

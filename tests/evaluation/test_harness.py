@@ -13,14 +13,16 @@ from lm_eval.api.instance import Instance
 
 from components.artifacts import StageContext, StageError, write_json
 from components.evaluation import run
-from components.evaluation import stage as harness
+from components.evaluation import harness
 from components.evaluation.activations import HeldOutText, measure
 from components.evaluation.config import EvaluateConfig
 from components.evaluation.language_model import SharedPrefixLM
 from components.evaluation.lm_eval_tasks import write_tasks
 from components.evaluation.sandbox import probe
 from components.evaluation.sets import EvalSet, write_sets
+from components.evaluation.stage import MODELS
 from tests.evaluation.tiny import save_tiny, tiny_model, tiny_tokenizer, write_shards
+from tests.waiting import CEILING_S
 
 TEXTS = {
     "general": ["The cat sat on the mat. " * 4, "A short one."],
@@ -55,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Parents of the stage, all tiny."""
     root = tmp_path_factory.mktemp("parents")
     write_shards(root / "tokenize", TEXTS, tiny_tokenizer())
-    for seed, (_, parent, folder) in enumerate(harness.MODELS):
+    for seed, (_, parent, folder) in enumerate(MODELS):
         save_tiny(root / parent / folder, seed)
     about = ("src", "MIT", "")
     code = answer_rows(
@@ -246,9 +248,15 @@ def test_programs_are_judged() -> None:
         "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
         "entry_point": "add",
     }
-    completions = ["    return a + b\n", "    return a - b\n", "    return (", "    while True: pass\n"]
-    samples = [{"doc": doc, "filtered_resps": [text]} for text in completions]
-    assert harness.judge_programs(samples, 1.0, progress=False) == [True, False, False, False]
+
+    def judged(*completions: str, timeout_s: float) -> list[bool]:
+        samples = [{"doc": doc, "filtered_resps": [text]} for text in completions]
+        return harness.judge_programs(samples, timeout_s, progress=False)
+
+    ending = ("    return a + b\n", "    return a - b\n", "    return (")
+    assert judged(*ending, timeout_s=CEILING_S) == [True, False, False]
+    # time is the subject: the program has no end, so that any limit is exceeded
+    assert judged("    while True: pass\n", timeout_s=1.0) == [False]
 
 
 def test_missing_and_malformed_parents_are_named(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import time
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ import pytest
 
 from components.evaluation import sandbox
 from components.evaluation.sandbox import Verdict, probe, run_program
+from tests.waiting import CEILING_S
 
 REASON = probe()
 confined = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -43,17 +43,16 @@ def denied(number, *arguments):
     ],
 )
 def test_verdicts(program: str, reason: str) -> None:
-    assert run_program(program, timeout_s=20) == Verdict(reason == "passed", reason)
+    assert run_program(program, timeout_s=CEILING_S) == Verdict(reason == "passed", reason)
 
 
 @confined
 @pytest.mark.parametrize(
-    "program", ["while True: pass", "import time; time.sleep(60)", "i = 1\nwhile 1: i += 1"]
+    "program", ["while True: pass", "import time; time.sleep(3600)", "i = 1\nwhile 1: i += 1"]
 )
 def test_endless_programs_are_stopped(program: str) -> None:
-    start = time.monotonic()
+    # time is the subject: the programs have no end, so that any limit is exceeded
     assert run_program(program, timeout_s=0.6) == Verdict(False, "timeout")
-    assert time.monotonic() - start < 5
 
 
 @confined
@@ -66,9 +65,9 @@ def test_endless_programs_are_stopped(program: str) -> None:
         "import os; os.posix_spawn('/bin/ls', ['ls'], {})",
         "import threading\nwhile True: threading.Thread(target=print).start()",
         "import multiprocessing; multiprocessing.Process(target=print).start()",
-        "import socket; socket.create_connection(('127.0.0.1', 80), timeout=1)",
+        "import socket; socket.create_connection(('127.0.0.1', 80))",
         "import socket; socket.socket(socket.AF_UNIX)",
-        "import urllib.request; urllib.request.urlopen('http://127.0.0.1/', timeout=1)",
+        "import urllib.request; urllib.request.urlopen('http://127.0.0.1/')",
         "import os; os.kill(os.getppid(), 9)",
         "import os; os.listdir('/')",
         "import os; os.listdir(os.environ['HOME'])",
@@ -86,7 +85,7 @@ def test_endless_programs_are_stopped(program: str) -> None:
     ],
 )
 def test_escapes_fail(program: str) -> None:
-    verdict = run_program(program, timeout_s=10)
+    verdict = run_program(program, timeout_s=CEILING_S)
     assert not verdict.passed
     assert verdict.reason in (
         "PermissionError",
@@ -111,7 +110,7 @@ def test_a_file_of_the_user_survives(tmp_path: Path) -> None:
         "import os; os.chmod({0!r}, 0)",
         "open({0!r}).read()",
     ):
-        assert not run_program(action.format(str(victim)), timeout_s=10).passed
+        assert not run_program(action.format(str(victim)), timeout_s=CEILING_S).passed
     assert victim.read_text() == "precious"
     assert os.listdir(tmp_path) == ["victim"]  # noqa: PTH208
 
@@ -134,14 +133,14 @@ def test_a_file_of_the_user_survives(tmp_path: Path) -> None:
     ],
 )
 def test_raw_system_calls_are_denied(call: str) -> None:
-    assert run_program(f"{SYSCALL}denied({call})", timeout_s=10) == Verdict(True, "passed")
+    assert run_program(f"{SYSCALL}denied({call})", timeout_s=CEILING_S) == Verdict(True, "passed")
 
 
 @confined
 def test_claiming_success_is_not_success() -> None:
-    assert not run_program("import os; os._exit(0)", timeout_s=10).passed
+    assert not run_program("import os; os._exit(0)", timeout_s=CEILING_S).passed
     claim = "import os\nfor fd in range(3, 32):\n  try: os.write(fd, b'pass')\n  except OSError: pass\nos._exit(0)"
-    assert not run_program(claim, timeout_s=10).passed
+    assert not run_program(claim, timeout_s=CEILING_S).passed
 
 
 @confined
@@ -150,14 +149,15 @@ def test_flooding_the_report_only_stops_the_program() -> None:
         "import os\nwhile True:\n  for fd in range(3, 32):\n"
         "    try: os.write(fd, b'x' * 65536)\n    except OSError: pass"
     )
+    # time is the subject: the flood has no end, so that any limit is exceeded
     assert not run_program(flood, timeout_s=0.8).passed
-    assert run_program("print('x' * 10**7)", timeout_s=10).passed
+    assert run_program("print('x' * 10**7)", timeout_s=CEILING_S).passed
 
 
 @confined
 def test_programs_do_not_see_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "s")
-    assert run_program("import os; assert 'SECRET_TOKEN' not in os.environ", timeout_s=10).passed
+    assert run_program("import os; assert 'SECRET_TOKEN' not in os.environ", timeout_s=CEILING_S).passed
 
 
 @confined
@@ -166,6 +166,7 @@ def test_no_descriptor_or_process_is_left() -> None:
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(3):
+        # time is the subject: the program has no end, so that any limit is exceeded
         run_program("while True: pass", timeout_s=0.3)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= children

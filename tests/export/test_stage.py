@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from components.artifacts import StageContext, StageError
 from components.export import run
 from model import SmallThinkerConfig, SmallThinkerForCausalLM
 from runtime_cpu import Engine
+from tests.freezing import await_frozen
 from tests.runtime_cpu.gguf_vocabulary import train
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,9 @@ import json, sys
 from pathlib import Path
 from components.artifacts import StageContext
 from components.export import run
+from tests.freezing import freeze_when
 inputs, out, config = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+freeze_when(lambda: (out / "gguf").exists())
 run(StageContext("export", "toy", config, {k: Path(v) for k, v in inputs.items()}, out, out))
 """
 
@@ -187,9 +189,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole_and_goes_on(
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, *arguments], cwd=PROJECT, env={**os.environ, "TQDM_DISABLE": "1"}
     )
-    deadline = time.monotonic() + 60
-    while not (out / "gguf").exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
+    await_frozen(process.pid, lambda: process.poll() is None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "verification.json").exists()

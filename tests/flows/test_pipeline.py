@@ -12,7 +12,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from components.artifacts import Manifest, read_manifest
-from flows.runner import PROJECT
+from components.artifacts import PROJECT, Manifest, read_manifest
 from flows.stages import STAGE_NAMES
 from runtime_cpu import Engine
+from tests.waiting import CEILING_S, wait_for
 
 pytestmark = pytest.mark.pipeline
 RECIPE = "smoke"
+WHOLE_S = 10 * CEILING_S  # for many stages in a row
 # Nothing can be reached through these: what is not in the cache cannot be had.
 NOWHERE = "http://127.0.0.1:9"
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_RETRIES": "0", "npm_config_registry": NOWHERE} | dict.fromkeys(
@@ -53,7 +53,7 @@ def start(root: Path, *arguments: str, offline: bool = True) -> subprocess.Popen
 
 def run(root: Path, *arguments: str, offline: bool = True) -> tuple[int, str]:
     process = start(root, *arguments, offline=offline)
-    _, said = process.communicate(timeout=900)
+    _, said = process.communicate(timeout=WHOLE_S)
     return process.returncode, said
 
 
@@ -76,6 +76,19 @@ def lines_until(process: subprocess.Popen[str], *wanted: str) -> Iterator[str]:
             return
 
 
+def moves_seen(root: Path, stage: str) -> Iterator[int]:
+    """How often something has changed so far in the folders of a stage: its files and their sizes."""
+    before, moves = None, 0
+    while True:
+        now = {}
+        for path in (root / RECIPE / stage).rglob("*"):
+            with contextlib.suppress(OSError):  # gone in between
+                now[path] = path.stat().st_size
+        moves += before is not None and now != before
+        before = now
+        yield moves
+
+
 def test_a_first_run_downloads_and_stops_where_it_is_told(root: Path) -> None:
     code, said = run(root, "--plain", "--until", "curate", offline=False)
     assert code == 0, said
@@ -83,7 +96,7 @@ def test_a_first_run_downloads_and_stops_where_it_is_told(root: Path) -> None:
 
 
 def test_killed_in_every_stage_and_offline_the_same_command_finishes(root: Path) -> None:
-    """Each remaining stage is killed once (SIGKILL to the runner) shortly after it started."""
+    """Each remaining stage is killed once (SIGKILL to the runner) after its first few changes to its folder."""
     generator = random.Random(20261121)
     killed: list[str] = []
     for _ in range(3 * len(STAGE_NAMES)):
@@ -97,13 +110,18 @@ def test_killed_in_every_stage_and_offline_the_same_command_finishes(root: Path)
             name = said.splitlines()[-1].partition(":")[0]
             stage = None if name in killed else name
         if stage is None:
-            assert process.wait(timeout=900) == 0, said
+            assert process.wait(timeout=WHOLE_S) == 0, said
             break
-        time.sleep(generator.uniform(0.2, 6.0))
+        enough, moves = generator.randrange(5), moves_seen(root, stage)
+        wait_for(
+            lambda: next(moves) >= enough or stage in manifests(root) or process.poll() is not None,  # noqa: B023
+            f"{enough} changes by {stage}",
+        )
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed.append(stage)
-        assert stage not in manifests(root) or process.returncode == -signal.SIGKILL
+        # The last stage may be done before; then all of the run is.
+        assert process.returncode in (-signal.SIGKILL, 0)
     assert set(killed) >= {"synthesize", "pretrain", "posttrain", "evaluate"}
     assert set(manifests(root)) == set(STAGE_NAMES)
     for folder, _ in manifests(root).values():
@@ -136,7 +154,7 @@ def test_the_model_answers_on_the_engine(root: Path) -> None:
         capture_output=True,
         text=True,
         cwd=PROJECT,
-        timeout=60,
+        timeout=CEILING_S,
         check=False,
     )
     assert chat.returncode == 0, chat.stderr
@@ -184,13 +202,11 @@ def test_the_report_shows_every_stage_with_its_pictures(root: Path) -> None:
     assert "<script src" not in page and "https://" not in page.replace("https://arxiv.org", "")
 
 
-def test_a_second_run_does_nothing_within_a_minute(root: Path) -> None:
+def test_a_second_run_does_nothing(root: Path) -> None:
     before = {stage: manifest.created_at for stage, (_, manifest) in manifests(root).items()}
-    began = time.monotonic()
     code, said = run(root)  # under Prefect, as `make pipeline` runs it
     assert code == 0, said
-    assert "nothing was run" in said and "runtime_cpu.chat" in said
-    assert time.monotonic() - began < 60
+    assert "nothing was run" in said and "runtime_cpu.chat" in said and ": running" not in said
     assert {stage: manifest.created_at for stage, (_, manifest) in manifests(root).items()} == before
 
 

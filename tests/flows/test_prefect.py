@@ -8,16 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from components.artifacts import EXIT_USER_ERROR
+from components.artifacts import EXIT_USER_ERROR, PROJECT
 from flows import deployments
-from flows.runner import PROJECT
+from tests.waiting import CEILING_S, wait_for
 
 PREFECT = PROJECT / ".venv/bin/prefect"
 
@@ -54,15 +53,17 @@ def orchestrator(tmp_path: Path) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
         try:
-            deadline = time.monotonic() + 180
-            while "started" not in log.read_text():
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.5)
+
+            def started() -> bool:
+                assert process.poll() is None, log.read_text()
+                return "started" in log.read_text()
+
+            wait_for(started, "the orchestrator")
             yield environment
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(CEILING_S)
             finally:
                 os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
 
@@ -71,12 +72,12 @@ def orchestrator(tmp_path: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.skipif(not PREFECT.exists(), reason="the orchestrator's script uses .venv")
 def test_the_short_name_runs_and_says_what_a_small_machine_lacks(orchestrator: dict[str, str]) -> None:
     run = subprocess.run(
-        [PREFECT, "deployment", "run", "pretrain-21b", "--watch", "--watch-timeout", "240"],
+        [PREFECT, "deployment", "run", "pretrain-21b", "--watch", "--watch-timeout", str(int(CEILING_S))],
         cwd=PROJECT,
         env=orchestrator,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=2 * CEILING_S,
         check=False,
     )
     said = run.stdout + run.stderr
@@ -100,7 +101,9 @@ def test_a_temporary_server_that_does_not_start_is_said_in_a_sentence(tmp_path: 
         **os.environ,
         "PREFECT_API_URL": "http://127.0.0.1:9/api",
         "PREFECT_HOME": str(tmp_path / "prefect"),
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1",  # it needs more to create its database
+        # It can never start, so that any limit is over at some time.
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{tmp_path}/no/such/folder/prefect.db",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "1",
     }
     run = subprocess.run(
         [sys.executable, "-m", "flows.pipeline", "--recipe", "smoke", "--root", str(tmp_path / "runs")],
@@ -108,7 +111,7 @@ def test_a_temporary_server_that_does_not_start_is_said_in_a_sentence(tmp_path: 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=CEILING_S,
         check=False,
     )
     assert run.returncode == EXIT_USER_ERROR and "Traceback" not in run.stderr

@@ -8,15 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from components.artifacts import ArtifactError, StageError, read_manifest
-from flows.runner import PROJECT
+from components.artifacts import PROJECT, ArtifactError, StageError, read_manifest
 from tests.flows.conftest import TOY_STAGES
+from tests.waiting import CEILING_S, state_of, wait_for
 
 
 def build_all(runner):
@@ -92,15 +90,29 @@ class Interrupting:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("grace_s", "saved"), [(20, True), (0.5, False)])
-def test_an_interrupted_stage_gets_the_time_to_save_that_its_config_says(toy, monkeypatch, grace_s, saved):
+@pytest.mark.parametrize(("grace_s", "saves"), [(3600, True), (0.25, False)])
+def test_an_interrupted_stage_gets_the_time_to_save_that_its_config_says(
+    toy, monkeypatch, tmp_path, grace_s, saves
+):
+    """The save that is done once the runner waits is done, and the one that is never done is given up."""
     monkeypatch.setattr("flows.runner._MARGIN_S", 0.5)
-    runner = toy(first={"stops_in_s": 2.5, "save_grace_s": grace_s})
+    gate, given, wait = tmp_path / "disk is free", [], subprocess.Popen.wait
+
+    def watched(process, timeout=None):
+        given.append(timeout)
+        if timeout == grace_s + 0.5 and saves:
+            wait_for((folder / ".work" / "saving").exists, "the stage's save")
+            gate.touch()
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", watched)
+    runner = toy(first={"saves_after": str(gate), "save_grace_s": grace_s})
     runner.observer = Interrupting()
+    folder = runner.store.folder(runner.identity(TOY_STAGES[0]))
     with pytest.raises(KeyboardInterrupt):
         runner.run_stage(TOY_STAGES[0])
-    folder = runner.store.folder(runner.identity(TOY_STAGES[0]))
-    assert (folder / ".work" / "saved").exists() == saved
+    assert grace_s + 0.5 in given
+    assert (folder / ".work" / "saved").exists() == saves
 
 
 def test_where_a_stage_runs_is_no_part_of_what_it_makes(toy):
@@ -113,9 +125,9 @@ def test_where_a_stage_runs_is_no_part_of_what_it_makes(toy):
     assert changed.plan(TOY_STAGES)[0].reasons == ("first.value: 1 -> 2",)
 
 
-def _run_first(make, parts, results):
+def _run_first(runner, results):
     try:
-        results.put(make(**parts).run_stage(TOY_STAGES[0]).cached)
+        results.put(runner.run_stage(TOY_STAGES[0]).cached)
     except BaseException as error:
         results.put(repr(error))
 
@@ -124,24 +136,20 @@ def test_two_runners_do_the_work_once(toy, tmp_path):
     gate = tmp_path / "go"
     parts = {"first": {"wait_for": str(gate)}}
     results: multiprocessing.Queue = multiprocessing.get_context("fork").Queue()
-    threads = [threading.Thread(target=_run_first, args=(toy, parts, results)) for _ in range(3)]
+    runners = [toy(**parts) for _ in range(3)]
+    threads = [threading.Thread(target=_run_first, args=(runner, results)) for runner in runners]
     for thread in threads:
         thread.start()
-    time.sleep(0.8)
+    wait_for(
+        lambda: sum("waiting for it" in line for runner in runners for line in runner.said) == 2,
+        "two runners that wait for the third",
+    )
     gate.touch()
+    assert sorted(results.get(timeout=CEILING_S) for _ in threads) == [False, True, True]
     for thread in threads:
-        thread.join(60)
-    assert sorted(results.get(timeout=5) for _ in threads) == [False, True, True]
+        thread.join()
     runner = toy(**parts)
     assert runner.run_stage(TOY_STAGES[0]).manifest.metrics["attempts"] == 1
-
-
-def _wait_for(path: Path) -> str:
-    deadline = time.monotonic() + 30
-    while not (path.exists() and path.read_text()):
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
-    return path.read_text()
 
 
 def test_kill_9_of_the_runner_takes_the_stage_along_and_the_same_command_goes_on(toy, tmp_path):
@@ -153,13 +161,11 @@ def test_kill_9_of_the_runner_takes_the_stage_along_and_the_same_command_goes_on
     if child == 0:
         runner.run_stage(TOY_STAGES[0])
         os._exit(0)
-    stage_pid = int(_wait_for(folder / "started"))
+    started = folder / "started"
+    stage_pid = int(wait_for(lambda: started.exists() and started.read_text(), "the stage's start"))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(stage_pid) and psutil.Process(stage_pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the stage outlived its runner"
-        time.sleep(0.02)
+    wait_for(lambda: not state_of(stage_pid), "the stage's end after its runner's")
     assert read_manifest(folder) is None
     gate.touch()
     outcome = toy(**parts).run_stage(TOY_STAGES[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch.multiprocessing as mp
 
 from model.losses import LoadBalance, load_balance_loss, router_scores, router_z
 from tests.model.factory import tiny, token_ids
+from tests.waiting import CEILING_S, wait_for
 
 
 def pooled_loss(logits: torch.Tensor, top_k: int, softmax: bool) -> torch.Tensor:
@@ -131,9 +131,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 def test_process_groups_pool_their_counts(tmp_path: Path) -> None:
     context = mp.start_processes(_rank, args=(2, str(tmp_path)), nprocs=2, join=False, start_method="fork")
-    deadline = time.monotonic() + 120
-    while not context.join(timeout=5):
-        assert time.monotonic() < deadline, "the two ranks did not finish"
+    wait_for(lambda: context.join(timeout=CEILING_S), "the end of the two ranks")
     batches = _micro_batches()[:2]
     for group_size in (1, 2):
         found = torch.load(tmp_path / f"{group_size}.pt")

@@ -1,6 +1,7 @@
 """Runs the stage in processes that can be killed: ``Children().start(tokens, out, config)``.
 
-A fork server imports torch and DeepSpeed once; every run is then a real process of its own.
+With ``freeze_when`` a run stops itself at an instant at which the function, called in the run, holds. A fork server
+imports torch and DeepSpeed once; every run is then a real process of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -18,19 +18,32 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+from tests.freezing import await_frozen, freeze_when
+from tests.waiting import CEILING_S, wait_for
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-_LIMIT_S = 240.0
+Instant = Callable[[], bool]
 
 
-def train(tokens: Path, out: Path, config: dict[str, Any], answer: Path) -> None:
+def train(
+    tokens: Path, out: Path, config: dict[str, Any], answer: Path, instant: Instant | None = None
+) -> None:
     """The child: run the stage and write down how it ended."""
     from components.artifacts import StageContext, StageError
     from components.pretraining import run
 
     out.mkdir(parents=True, exist_ok=True)
     context = StageContext("pretrain", "tiny", config, {"tokenize": tokens}, out, out.parent / "cache")
+    if instant is not None:
+        look, log_metrics = freeze_when(instant), context.log_metrics
+
+        def log_and_look(*arguments: Any, **named: Any) -> None:
+            log_metrics(*arguments, **named)
+            look()
+
+        context.log_metrics = log_and_look  # type: ignore[method-assign]
     result: dict[str, Any] = {}
     try:
         result["metrics"] = run(context)
@@ -86,29 +99,20 @@ class Child:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def freeze_when(self, seen: Callable[[], bool]) -> None:
-        """Stop the process (SIGSTOP) at an instant at which ``seen()`` holds."""
-        until = time.monotonic() + _LIMIT_S
-        while time.monotonic() < until:
-            if not self.alive:
-                raise AssertionError(f"the run ended before the awaited instant: {self.end()}")
-            if seen():
-                self.signal(signal.SIGSTOP)
-                if seen():
-                    return
-                self.signal(signal.SIGCONT)
-            time.sleep(0.0005)
-        raise AssertionError("the awaited instant never came")
+    def await_frozen(self) -> None:
+        """Return when the process has stopped itself (see :meth:`Children.start`)."""
+        assert self.process.pid is not None
+        await_frozen(self.process.pid, lambda: self.alive)
 
     def kill(self) -> None:
         """SIGKILL, and wait."""
         self.signal(signal.SIGKILL)
-        self.process.join(_LIMIT_S)
+        self.process.join(CEILING_S)
         assert self.process.exitcode == -signal.SIGKILL
 
     def end(self) -> dict[str, Any]:
         """Wait for the end; what the run answered."""
-        self.process.join(_LIMIT_S)
+        self.process.join(CEILING_S)
         assert self.process.exitcode == 0, f"exit code {self.process.exitcode}"
         result: dict[str, Any] = json.loads(self.answer.read_text())
         return result
@@ -134,11 +138,13 @@ class Children:
         self._started.append(process)
         return process
 
-    def start(self, tokens: Path, out: Path, config: dict[str, Any]) -> Child:
-        """Begin or resume a run in ``out``."""
+    def start(
+        self, tokens: Path, out: Path, config: dict[str, Any], freeze_when: Instant | None = None
+    ) -> Child:
+        """Begin or resume a run in ``out``; ``freeze_when`` is pickled (a function of a module, or a partial one)."""
         self._count += 1
         answer = self._folder / f"answer-{self._count}.json"
-        return Child(self._fork(train, (tokens, out, config, answer)), answer)
+        return Child(self._fork(train, (tokens, out, config, answer, freeze_when)), answer)
 
     def run(self, tokens: Path, out: Path, config: dict[str, Any]) -> dict[str, Any]:
         """A run to its end."""
@@ -164,21 +170,22 @@ class Children:
         """Begin or resume a run with several processes, as torchrun starts them."""
         return [self.start_rank(place, request) for place in self.places(world)]
 
-    def call_ranks(
-        self, world: int, function: Callable[..., Any], *arguments: Any, limit_s: float = _LIMIT_S
-    ) -> None:
+    def call_ranks(self, world: int, function: Callable[..., Any], *arguments: Any) -> None:
         """Call a module's function in ``world`` processes that can join one group; all must end well."""
         ranks = [self._fork(call, (place, function, arguments)) for place in self.places(world)]
-        until = time.monotonic() + limit_s
-        while any(process.is_alive() for process in ranks) and time.monotonic() < until:
-            if any(process.exitcode for process in ranks):  # the others wait for it in a collective
-                break
-            time.sleep(0.02)
-        codes = [process.exitcode for process in ranks]
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-                process.join()
+
+        def ended() -> bool:
+            # One that failed is enough: the others wait for it in a collective.
+            return any(process.exitcode for process in ranks) or not any(p.is_alive() for p in ranks)
+
+        try:
+            wait_for(ended, "the end of the ranks")
+        finally:
+            codes = [process.exitcode for process in ranks]
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
         assert codes == [0] * world, f"exit codes of the ranks: {codes}"
 
     def close(self) -> None:

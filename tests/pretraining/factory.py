@@ -109,7 +109,7 @@ def make_tokens(folder: Path) -> Path:
 
 
 def stage_config(**values: Any) -> dict[str, Any]:
-    """One curriculum stage of ``STAGE_STEPS`` steps."""
+    """One training stage of ``STAGE_STEPS`` steps."""
     part: dict[str, Any] = {
         "tokens": STAGE_STEPS * BATCH * CONTEXT - 3,  # rounded up to whole steps
         "context": CONTEXT,

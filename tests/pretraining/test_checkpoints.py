@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from components.weights.checkpoint_store import CHECKSUMS_NAME, CheckpointError, CheckpointStore, verify
+from components.weights.checkpoint_store import (
+    CHECKSUMS_NAME,
+    CheckpointStore,
+    DamagedCheckpointError,
+    verify,
+)
 
 CONTENT = {"weights.pt": b"w" * 300, "nested/optimizer.pt": bytes(range(256)), "empty": b""}
 
@@ -119,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_by_its_file(tmp_path: Path) -> None:
     store_with(tmp_path, 5)
     (tmp_path / "step-00000005" / "nested" / "optimizer.pt").write_bytes(b"short")
     with pytest.raises(
-        CheckpointError, match=r"step-00000005/nested/optimizer\.pt has 5 bytes instead of 257"
+        DamagedCheckpointError, match=r"step-00000005/nested/optimizer\.pt has 5 bytes instead of 257"
     ):
         verify(tmp_path / "step-00000005")
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from components.artifacts import StageError
+from components.artifacts import StageContext, StageError, parse_config
 from components.corpus.shards import TokenShards
 from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
 from components.pretraining.presets import PRESETS
-from components.pretraining.stage import parse_config
 from tests.pretraining.factory import (
     BATCH,
     CONTEXT,
@@ -23,6 +22,10 @@ from tests.pretraining.factory import (
     run_config,
     stage_config,
 )
+
+
+def parse(values: dict[str, Any]) -> PretrainConfig:
+    return parse_config(PretrainConfig, StageContext("pretrain", "test", values, {}, Path(), Path()))
 
 
 def stages(**first: Any) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def stages(**first: Any) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_wrong_value_is_named(values: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(StageError) as caught:
-        parse_config(values)
+        parse(values)
     message = str(caught.value)
     assert [word for word in words if word not in message] == []
     # One clear sentence: no dump of the whole recipe.
@@ -74,11 +77,11 @@ def test_a_wrong_value_is_named(values: dict[str, Any], words: tuple[str, ...]) 
 
 
 def test_the_largest_allowed_warm_up_passes() -> None:
-    assert parse_config(run_config(optimizer={"warmup_steps": STEPS - 1})).total_steps == STEPS
+    assert parse(run_config(optimizer={"warmup_steps": STEPS - 1})).total_steps == STEPS
 
 
 def with_overrides(**overrides: Any) -> PretrainConfig:
-    return parse_config(run_config(model={"preset": "nano", "overrides": {**MODEL, **overrides}}))
+    return parse(run_config(model={"preset": "nano", "overrides": {**MODEL, **overrides}}))
 
 
 @pytest.mark.parametrize(
@@ -119,5 +122,5 @@ def test_the_shards_must_fit_the_vocabulary(tokens: Path) -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_survives_json(name: str) -> None:
     config = PRESETS[name]()
-    assert parse_config(config.model_dump(mode="json")) == config
+    assert parse(config.model_dump(mode="json")) == config
     model_config(config)

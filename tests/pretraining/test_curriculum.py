@@ -57,14 +57,14 @@ def test_spans_and_tokens(config: PretrainConfig) -> None:
     seen = 0
     for step in range(curriculum.total_steps):
         span = curriculum.at(step)
-        assert span.spec is config.stages[span.index] and span.start <= step < span.end
+        assert span.stage is config.stages[span.index] and span.start <= step < span.end
         assert curriculum.tokens_before(step) == seen
-        seen += span.spec.context * span.spec.sequences_per_step
+        seen += span.stage.context * span.stage.sequences_per_step
     assert curriculum.tokens_before(curriculum.total_steps) == seen
     for span in curriculum.spans:
         # Rounded up to whole steps: what was asked for is trained, and less than one step more.
         trained = curriculum.tokens_before(span.end) - curriculum.tokens_before(span.start)
-        assert 0 <= trained - span.spec.tokens < span.spec.context * span.spec.sequences_per_step
+        assert 0 <= trained - span.stage.tokens < span.stage.context * span.stage.sequences_per_step
     for outside in (-1, curriculum.total_steps):
         with pytest.raises(IndexError, match=str(outside)):
             curriculum.at(outside)

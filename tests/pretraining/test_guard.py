@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from components.artifacts import StageError
 from components.pretraining.training.guard import SKIPPED_NAME, LossGuard
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, run_config, stage_config
-from tests.pretraining.test_training import lines, logged, saved
+from tests.pretraining.test_training import is_saved, lines, logged, saved
 
 
 def calm_guard(steps: int, **values: Any) -> LossGuard:
@@ -122,8 +123,9 @@ def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(
     assert weights(out, "stage3") == weights(out, "stage2"), "a skipped step must not move a weight"
 
     # Killed after the first skip, and again a skip between checkpoint and kill.
-    child = children.start(tokens, stopped, run_config(**SPIKY, on_spike="skip"))
-    child.freeze_when(lambda: 35 in saved(stopped))
+    skipping = run_config(**SPIKY, on_spike="skip")
+    child = children.start(tokens, stopped, skipping, freeze_when=partial(is_saved, stopped, 35))
+    child.await_frozen()
     child.kill()
     assert logged(stopped) <= 34
     answer = children.run(tokens, stopped, run_config(**SPIKY, on_spike="skip"))

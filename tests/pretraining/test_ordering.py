@@ -167,7 +167,7 @@ def test_every_world_trains_on_the_same_rows(tokens: Path) -> None:
     for step in (0, 5, 23, 24, 35):
         span = source.curriculum.at(step)
         sequences = source.sequences(step)
-        wanted = source.read(sequences, span.spec.context).tolist()
+        wanted = source.read(sequences, span.stage.context).tolist()
         for row, category, start in zip(wanted, sequences.category_B, sequences.start_B, strict=True):
             assert (
                 row == shards.shard("train", CATEGORIES[category]).tokens[start : start + len(row)].tolist()
@@ -193,7 +193,7 @@ def test_every_world_deals_the_same_rows_to_a_group(tokens: Path, groups: int, d
     streams = {name: shards.shard("train", name) for name in shards.categories("train")}
     source, mixed = (BatchSource(one, streams, shards.eos_id) for one in (config, plain))
     for step in (0, 7, 30):
-        context = source.curriculum.at(step).spec.context
+        context = source.curriculum.at(step).stage.context
         rows = source.read(source.sequences(step), context).tolist()
         everything = mixed.read(mixed.sequences(step), context).tolist()
         assert sorted(rows) == sorted(everything)  # dealing changes places, never what a step trains on

@@ -113,7 +113,7 @@ def link(values: dict[str, Any], place: Path, first: int) -> None:
 
     if first:
         assert checkpoint is not None and checkpoint.step == first
-        if checkpoint.mesh == ranks.division():
+        if checkpoint.mesh == ranks.mesh():
             state = load_engine(engine, checkpoint.path)
         else:
             state = load_universal(engine, universal(store, checkpoint, ranks, collectives))
@@ -122,7 +122,7 @@ def link(values: dict[str, Any], place: Path, first: int) -> None:
     for step in range(first, first + 3):
         backward(engine, config, ranks, step)
         engine.step()
-    saver = Saver(store, ranks, ranks.division(), in_background=True)
+    saver = Saver(store, ranks, ranks.mesh(), in_background=True)
     saver.save(engine, first + 3, {"mark": first + 3})
     saver.wait()
     dump(f"left-{first + 3}")

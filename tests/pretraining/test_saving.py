@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
-from components.pretraining.checkpoints import saving
 from components.pretraining.checkpoints.saving import Saver
 from components.pretraining.config import PretrainConfig
 from components.pretraining.processes.ranks import Ranks
 from components.weights.checkpoint_store import (
     CHECKSUMS_NAME,
-    CheckpointError,
     CheckpointStore,
+    DamagedCheckpointError,
+    saving,
     split_by_size,
     verify,
 )
@@ -30,6 +31,7 @@ from tests.pretraining.children import Children
 from tests.pretraining.factory import run_config
 from tests.pretraining.test_dropping import backward, build
 from tests.pretraining.test_training import flip
+from tests.waiting import CEILING_S, wait_for
 
 
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=4), st.integers(0, 1000)), st.integers(1, 6))
@@ -62,6 +64,13 @@ def saver(folder: Path, in_background: bool = True) -> tuple[Saver, CheckpointSt
     return Saver(store, Ranks(0, 1, torch.device("cpu")), {"processes": 1}, in_background), store
 
 
+def waits_for_a_thread(thread: threading.Thread) -> bool:
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code is not threading.Thread.join.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
 def test_training_goes_on_while_a_checkpoint_is_sealed_and_the_next_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,19 +79,21 @@ def test_training_goes_on_while_a_checkpoint_is_sealed_and_the_next_waits(
 
     def held(*arguments: Any) -> Any:
         reached.set()
-        assert go_on.wait(30)
+        assert go_on.wait(CEILING_S)
         return checksum(*arguments)
 
     monkeypatch.setattr(saving, "checksum", held)
     own, store = saver(tmp_path)
     own.save(Engine(), 5, {"step": 5})  # returns while the sealing is held
-    assert reached.wait(30) and store.steps() == []
+    assert reached.wait(CEILING_S) and store.steps() == []
     second = threading.Thread(target=own.save, args=(Engine(), 10, {"step": 10}))
     second.start()
-    second.join(0.3)
-    assert second.is_alive() and not (tmp_path / ".step-00000010").exists()
+    # It may wait for the first one's thread, and do nothing else.
+    draft = tmp_path / ".step-00000010"
+    wait_for(lambda: waits_for_a_thread(second) or draft.exists(), "what the second save does first")
+    assert second.is_alive() and not draft.exists()
     go_on.set()
-    second.join(30)
+    second.join(CEILING_S)
     own.wait()
     assert store.steps() == [5, 10]
     assert verify(tmp_path / "step-00000005") == (5, {"processes": 1})
@@ -131,7 +142,7 @@ def test_a_file_that_vanishes_while_sealing_is_no_checkpoint(tmp_path: Path, mon
     monkeypatch.setattr(saving, "checksum", losing)
     own, store = saver(tmp_path)
     own.save(Engine(), 5, {})
-    with pytest.raises(CheckpointError, match=r"lost files while it was written: model\.pt"):
+    with pytest.raises(DamagedCheckpointError, match=r"lost files while it was written: model\.pt"):
         own.wait()
     assert store.steps() == []
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,29 @@ def drafts(out: Path) -> list[int]:
     """Steps of the checkpoints that are being written."""
     folder = out / ".work" / "checkpoints"
     return [int(path.name.removeprefix(".step-")) for path in folder.glob(".step-*")]
+
+
+# --- instants, for runs that stop themselves ---
+
+
+def ahead_of_its_checkpoint(out: Path) -> bool:
+    return 5 in saved(out) and logged(out) > max(saved(out)) and not drafts(out)
+
+
+def saving_after(out: Path, step: int) -> bool:
+    return any(draft > step for draft in drafts(out))
+
+
+def any_folder(paths: list[Path]) -> bool:
+    return any(path.is_dir() for path in paths)
+
+
+def logged_at_least(out: Path, step: int) -> bool:
+    return logged(out) >= step
+
+
+def is_saved(out: Path, step: int) -> bool:
+    return step in saved(out)
 
 
 def flip(path: Path) -> None:
@@ -130,8 +154,8 @@ def test_three_kills_leave_no_trace(
     out, config = tmp_path / "out", run_config()
 
     # Between two checkpoints: lines were logged that the resumed run will log again.
-    child = children.start(tokens, out, config)
-    child.freeze_when(lambda: 5 in saved(out) and logged(out) > max(saved(out)) and not drafts(out))
+    child = children.start(tokens, out, config, freeze_when=partial(ahead_of_its_checkpoint, out))
+    child.await_frozen()
     child.kill()
     first, ahead = max(saved(out)), logged(out)
     assert 5 <= first < ahead
@@ -139,8 +163,8 @@ def test_three_kills_leave_no_trace(
     (out / "metrics.jsonl").write_bytes(torn)  # as a kill in the middle of a write leaves it
 
     # While a checkpoint is being saved.
-    child = children.start(tokens, out, config)
-    child.freeze_when(lambda: any(step > 12 for step in drafts(out)))
+    child = children.start(tokens, out, config, freeze_when=partial(saving_after, out, 12))
+    child.await_frozen()
     child.kill()
     (draft,) = drafts(out)
     second = max(saved(out))
@@ -148,8 +172,8 @@ def test_three_kills_leave_no_trace(
 
     # While a finished stage is being exported.
     exports = [out / ".work" / f"export-stage{number}" for number in (2, 3)]
-    child = children.start(tokens, out, config)
-    child.freeze_when(lambda: any(path.is_dir() for path in exports))
+    child = children.start(tokens, out, config, freeze_when=partial(any_folder, exports))
+    child.await_frozen()
     child.kill()
     stage = 2 if exports[0].is_dir() else 3
     assert not (out / f"stage{stage}").exists() and max(saved(out)) == 12 * stage
@@ -167,8 +191,8 @@ def test_sigterm_saves_and_a_damaged_checkpoint_is_passed_over(
     out, config = tmp_path / "out", run_config()
     steps: list[int] = []
     for at_least in (6, 18):
-        child = children.start(tokens, out, config)
-        child.freeze_when(lambda at_least=at_least: logged(out) >= at_least)
+        child = children.start(tokens, out, config, freeze_when=partial(logged_at_least, out, at_least))
+        child.await_frozen()
         child.signal(signal.SIGTERM)
         child.signal(signal.SIGCONT)
         answer = child.end()

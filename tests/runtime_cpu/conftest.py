@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.runtime_cpu.servers import CONTEXT, MODEL, Server, running_server
+from tests.waiting import CEILING_S
 
 
 @pytest.fixture(scope="module")
@@ -20,4 +21,4 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     """Speaks to :func:`server`."""
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=CEILING_S)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +17,13 @@ from typing import Any
 
 import httpx
 
+from tests.waiting import CEILING_S, wait_for
+
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "gguf"
 MODEL = GOLDEN / "tiny-4b-q8_0.gguf"
 NAME = MODEL.stem
 CONTEXT = 2048
-START_S = 60.0
+LONG_CONTEXT = 16384
 
 
 @dataclass
@@ -43,10 +44,14 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 @contextmanager
-def running_server(model: Path, *arguments: str) -> Iterator[Server]:
+def running_server(model: Path, *arguments: str, endless: bool = False) -> Iterator[Server]:
+    """A server with a thread; ``endless`` as of :mod:`tests.runtime_cpu.endless`."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    starting = command(model, "--port", "0", "--threads", "1", *arguments)
+    if endless:
+        starting[2:2] = ["tests.runtime_cpu.endless"]
     process = subprocess.Popen(
-        command(model, "--port", "0", "--threads", "1", *arguments),
+        starting,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
@@ -66,14 +71,14 @@ def running_server(model: Path, *arguments: str) -> Iterator[Server]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert ready.wait(START_S), f"the server did not start: {lines}"
+        assert ready.wait(CEILING_S), f"the server did not start: {lines}"
         found = re.search(r"http://\S+:\d+", "\n".join(lines))
         assert found, f"the server did not start: {lines}"
         yield Server(process, found.group(), lines)
     finally:
         process.terminate()
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=CEILING_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -86,11 +91,15 @@ HELLO: list[Any] = [{"role": "user", "content": "the hat in the ton"}]
 
 def post(server: Server, body: Any, route: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(server.url + route, content=content, timeout=60, **options)
+    return httpx.post(server.url + route, content=content, timeout=CEILING_S, **options)
+
+
+def get(server: Server, route: str, **options: Any) -> httpx.Response:
+    return httpx.get(server.url + route, timeout=CEILING_S, **options)
 
 
 def metric(server: Server, name: str) -> float:
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+    for line in get(server, "/metrics").text.splitlines():
         if line.startswith(f"smallthinker_{name} "):
             return float(line.split()[-1])
     raise AssertionError(f"no metric {name}")
@@ -100,14 +109,20 @@ def chat_body(**fields: Any) -> dict[str, Any]:
     return {"model": NAME, "messages": HELLO, "max_tokens": 2, **fields}
 
 
-def open_stream(server: Server, **fields: Any) -> socket.socket:
-    """Start a long streamed answer and return the connection once the first event has come."""
-    body = json.dumps(chat_body(stream=True, **fields)).encode()
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+def ask_only(server: Server, **fields: Any) -> socket.socket:
+    """Send a request and do not wait for its answer."""
+    body = json.dumps(chat_body(**fields)).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=CEILING_S)
     connection.sendall(
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n" % len(body) + body
     )
+    return connection
+
+
+def open_stream(server: Server, **fields: Any) -> socket.socket:
+    """Start a streamed answer and return the connection once the first event has come."""
+    connection = ask_only(server, stream=True, **fields)
     received = b""
     while b"data: " not in received:
         part = connection.recv(4096)
@@ -116,13 +131,21 @@ def open_stream(server: Server, **fields: Any) -> socket.socket:
     return connection
 
 
+def read_to_end(connection: socket.socket) -> bytes:
+    received = b""
+    while part := connection.recv(1 << 16):
+        received += part
+    return received
+
+
 def never_stopping() -> dict[str, Any]:
     """Options that keep the model from ending its answer."""
     return {"max_tokens": 1900, "logit_bias": {"264": -100, "266": -100}, "seed": 1}
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
+def await_metric(server: Server, name: str, value: float) -> None:
+    wait_for(lambda: metric(server, name) == value, f"{name} to be {value}")
+
+
+def await_idle(server: Server) -> None:
+    wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0, "an idle server")

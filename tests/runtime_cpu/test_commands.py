@@ -10,7 +10,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from runtime_cpu.bench_worker import versions
 from runtime_cpu.perplexity import measure, read_tokens, surprise
 from runtime_cpu.traffic import weight_bytes
 from tests.runtime_cpu.servers import GOLDEN, MODEL
+from tests.waiting import CEILING_S, wait_for
 
 EXACT = np.load(GOLDEN / "tiny-4b-f32.npz")
 
@@ -33,7 +33,7 @@ def run(module: str, *arguments: object, text: str = "") -> subprocess.Completed
         input=text,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=CEILING_S,
     )
 
 
@@ -140,10 +140,10 @@ def test_bench_reports_everything(tmp_path: Path) -> None:
     for row in report["rows"]:
         assert len(row["decode_tokens_per_s"]["runs"]) == 2
         assert row["decode_tokens_per_s"]["low"] > 0 and row["prompt_tokens_per_s"]["low"] > 0
-        assert 0 < row["first_token_s"]["median"] < 10
+        assert row["first_token_s"]["median"] > 0
         assert 20 << 20 < row["peak_rss_bytes"] < 300 << 20
     assert report["machine"]["cores"] >= 1 and report["machine"]["memory_bytes"] > 1 << 28
-    assert all(speed > 1e8 for speed in report["read_bytes_per_s"].values())
+    assert all(speed > 0 for speed in report["read_bytes_per_s"].values())
     assert report["model"]["file_type"] == "Q8_0"
     assert "decode tok/s" in done.stdout and MODEL.name in done.stdout
 
@@ -156,7 +156,7 @@ def test_peak_memory_is_the_childs_own(tmp_path: Path) -> None:
     )
     arguments = [str(MODEL), "--runs", "1", "--prompt", "8", "--decode", "2", "--threads", "1", "--json"]
     command = [sys.executable, "-c", program, *arguments, str(tmp_path / "out.json")]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=CEILING_S)
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["rows"][0]["peak_rss_bytes"] < 300 << 20
 
@@ -223,7 +223,10 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "runtime_cpu.chat", str(MODEL), "--temperature", "2", "--seed", "5"],
+            [
+                *(sys.executable, "-m", "tests.runtime_cpu.endless", "runtime_cpu.chat"),
+                *(str(MODEL), "--temperature", "2", "--seed", "5"),
+            ],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -236,11 +239,15 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
 
     def read_until(found: Callable[[], bool]) -> None:
         nonlocal shown
-        deadline = time.monotonic() + 60
-        while not found():
-            assert time.monotonic() < deadline, shown[-500:]
+
+        def read_and_look() -> bool:
+            nonlocal shown
+            assert child.poll() is None, shown[-500:]
             if select.select([controller], [], [], 1)[0]:
                 shown += os.read(controller, 65536)
+            return found()
+
+        wait_for(read_and_look, "the terminal to show it")
 
     def say(line: bytes) -> None:
         nonlocal shown
@@ -249,21 +256,15 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on() -> None:
 
     try:
         read_until(lambda: b"> " in shown)
-        for _ in range(5):  # the tiny model may end its answer before the signal comes
-            say(b"the hat")
-            read_until(lambda: len(shown.partition(b"\n")[2]) > 20)  # the echo, and then some of the answer
-            child.send_signal(signal.SIGINT)
-            read_until(lambda: shown.endswith(b"> "))
-            say(b"/stats")
-            read_until(lambda: b"peak memory" in shown and shown.endswith(b"> "))
-            if b"cancelled" in shown:
-                break
-            say(b"/reset")
-            read_until(lambda: shown.endswith(b"> "))
-        else:
-            pytest.fail("no answer was stopped")
+        say(b"the hat")
+        read_until(lambda: len(shown.partition(b"\n")[2]) > 20)  # the echo, and then some of the answer
+        child.send_signal(signal.SIGINT)
+        read_until(lambda: shown.endswith(b"> "))
+        say(b"/stats")
+        read_until(lambda: b"peak memory" in shown and shown.endswith(b"> "))
+        assert b"cancelled" in shown
         say(b"/quit")
-        assert child.wait(timeout=30) == 0
+        assert child.wait(timeout=CEILING_S) == 0
     finally:
         child.kill()
         child.wait()
@@ -279,5 +280,5 @@ def test_the_engine_stands_alone() -> None:
         "bad = {'torch', 'transformers', 'pydantic', 'model', 'components', 'flows', 'gguf'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=CEILING_S)
     assert done.returncode == 0, done.stderr

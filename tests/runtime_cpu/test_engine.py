@@ -168,6 +168,7 @@ def test_interleaved_and_threaded_requests_do_not_disturb_each_other(engine: Eng
 
 
 def test_too_many_open_generations() -> None:
+    # time is the subject: the first sequence ends after the second has given up, so that any limit is exceeded
     with Engine.open(FILE, context=64, sessions=1, wait_s=0.05) as engine:
         first = engine.generate(PROMPT, stop_ids=())
         next(first)

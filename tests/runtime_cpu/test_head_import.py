@@ -453,7 +453,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return saved(folder / "p.pt", as_module(tensors(hidden=32, vocab=40, width=4))).read_bytes()
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
 def test_bent_files_are_refused_or_whole(
     small: bytes, tmp_path: Path, changes: list[tuple[float, int]], in_pickle: bool

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from runtime_cpu import Engine, pack
 from runtime_cpu.bench import main as bench_main
 from runtime_cpu.inspect import main as inspect_main
 from runtime_cpu.quantiser import WeightError, encode, to_float32
+from tests.freezing import await_frozen
 from tests.runtime_cpu import gguf_vocabulary
 from tests.runtime_cpu.small_folders import (
     CONFIG,
@@ -31,6 +31,7 @@ from tests.runtime_cpu.small_folders import (
     write_folder,
     write_tokenizer,
 )
+from tests.waiting import CEILING_S
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "hf"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -247,30 +248,35 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(folder)
 
 
-def end_while_converting(source: Path, target: Path, number: signal.Signals) -> int:
-    """Start the command, send the signal once it writes, and return its exit code."""
+def end_once_there_is(name: str, source: Path, target: Path, number: signal.Signals) -> int:
+    """Start the command, send the signal once it has written a file of this name, and return its exit code."""
+    frozen = ["tests.freezing", str(target.parent), name]
     process = subprocess.Popen(
-        [sys.executable, "-m", "runtime_cpu.pack", str(source), str(target)], stderr=subprocess.DEVNULL
+        [sys.executable, "-m", *frozen, "runtime_cpu.pack", str(source), str(target)],
+        stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not any(target.parent.iterdir()):
-        time.sleep(0.002)
+    await_frozen(process.pid, lambda: process.poll() is None)
     process.send_signal(number)
-    return process.wait(60)
+    process.send_signal(signal.SIGCONT)
+    return process.wait(CEILING_S)
 
 
 def test_an_interrupted_run_leaves_nothing_that_is_taken_for_a_model(
     larger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "m.gguf"
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
-        for _ in range(5):  # on a busy machine the command may be done before this test looks again
-            if end_while_converting(larger, target, number) == code:
-                break
-            target.unlink(missing_ok=True)
-        else:
-            pytest.fail(f"no run was ended by {number!r}")
-        left = [path.name for path in tmp_path.iterdir()]
-        assert left == [] if number == signal.SIGTERM else all(name.startswith(".") for name in left)
+    # Converted and not yet renamed, converted, and about to get its name.
+    for name in ("..m.gguf.stock.partial", ".m.gguf.stock", ".m.gguf.partial"):
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)):
+            assert end_once_there_is(name, larger, target, number) == code
+            left = [path.name for path in tmp_path.iterdir()]
+            assert (left == []) if number == signal.SIGTERM else (name in left and target.name not in left)
+            for path in tmp_path.iterdir():
+                path.unlink()
+    # While it converts.
+    command = [sys.executable, "-m", "tests.freezing", "--bytes", "10000000", "runtime_cpu.pack"]
+    done = subprocess.run([*command, str(larger), str(target)], stderr=subprocess.DEVNULL, timeout=CEILING_S)
+    assert done.returncode == -signal.SIGXFSZ and not target.exists()
 
     def interrupted(*_: object) -> None:
         assert (tmp_path / ".m.gguf.stock").is_file()

@@ -16,11 +16,12 @@ from runtime_cpu.pack import pack
 from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 from tests.runtime_cpu.servers import GOLDEN, MODEL
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
+from tests.waiting import CEILING_S
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "runtime_cpu.inspect", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=CEILING_S)
 
 
 def test_it_shows_the_model_that_the_engine_opens() -> None:

@@ -12,20 +12,21 @@ import pytest
 
 from runtime_cpu import pack, synth
 from runtime_cpu.bench_machine import MachineError, MemoryCgroup
+from tests.waiting import CEILING_S
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = synth.Shape("promise", 6, 1024, 8, 2, 128, 24, 3, 512, 32000, 8192, 0, True, False)
 
 _RUN = """
-import json, sys, time
+import json, sys
 from runtime_cpu import Engine
 from runtime_cpu.peak_memory import peak_resident_bytes
 from runtime_cpu.synth import text_like_ids
-path, memory, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+path, memory, wanted = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 engine = Engine.open(path, threads=2, memory=memory)
 ids = text_like_ids(engine.info.vocab_size, 700, 1)
-started, tokens, misses = time.monotonic(), 0, 0
-while tokens == 0 or time.monotonic() - started < seconds:
+tokens, misses = 0, 0
+while tokens < wanted:
     prompt = ids[tokens % 100 :][: min(600, engine.info.context - 40)]
     text = [token.id for token in engine.generate(prompt, 32, stop_ids=())]
     tokens += len(text)
@@ -58,20 +59,20 @@ def smallest_budget(model: Path) -> int:
     return int(done.stdout)
 
 
-def run_under(limit: int, model: Path, seconds: float) -> dict[str, int]:
+def run_under(limit: int, model: Path, tokens: int) -> dict[str, int]:
     try:
         group = MemoryCgroup(limit, f"memory-promise-{os.getpid()}")
     except MachineError as error:
         pytest.skip(str(error))
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _RUN, str(model), str(limit), str(seconds)],
+            [sys.executable, "-c", _RUN, str(model), str(limit), str(tokens)],
             capture_output=True,
             text=True,
             preexec_fn=group.enter,
             cwd=ROOT,
             env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-            timeout=seconds + 120,
+            timeout=CEILING_S + tokens,
         )
     finally:
         group.remove()
@@ -83,11 +84,10 @@ def run_under(limit: int, model: Path, seconds: float) -> dict[str, int]:
 def test_a_budget_is_kept_under_a_cgroup(model: Path) -> None:
     smallest = smallest_budget(model)
     for limit in (smallest + (16 << 20), smallest + (60 << 20)):
-        result = run_under(limit, model, 2.0)
+        result = run_under(limit, model, 320)
         assert result["peak"] <= limit, "more resident memory than promised"
         assert result["plan"] <= limit
         assert result["offloads"] and result["misses"] > 0
-        assert result["tokens"] >= 32
 
 
 def test_the_smallest_budget_is_enough_and_less_is_not(model: Path) -> None:
@@ -104,13 +104,13 @@ def test_the_smallest_budget_is_enough_and_less_is_not(model: Path) -> None:
         "assert needed(first + (8 << 20)) == 0\n"  # the interpreter has grown a little meanwhile
         "assert needed(first - (8 << 20)) > 0\n"
     )
-    subprocess.run([sys.executable, "-c", probe, str(model)], check=True, timeout=120, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", probe, str(model)], check=True, timeout=CEILING_S, cwd=ROOT)
 
 
 @pytest.mark.campaign
-def test_two_minutes_of_the_4b_within_one_gibibyte(tmp_path: Path) -> None:
+def test_long_answers_of_the_4b_within_one_gibibyte(tmp_path: Path) -> None:
     synth.write(tmp_path / "stock.gguf", synth.SHAPES["4b"])
     pack.pack(tmp_path / "stock.gguf", tmp_path / "packed.gguf")
     (tmp_path / "stock.gguf").unlink()
-    result = run_under(1 << 30, tmp_path / "packed.gguf", 120.0)
-    assert result["peak"] <= 1 << 30 and result["offloads"] and result["tokens"] > 500
+    result = run_under(1 << 30, tmp_path / "packed.gguf", 1000)
+    assert result["peak"] <= 1 << 30 and result["offloads"] and result["misses"] > 0

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime_cpu import Engine, EngineError, ModelFileError, _core, pack
+from tests.freezing import await_frozen
 from tests.runtime_cpu.small_models import Shape, random_weights, write_model
+from tests.waiting import CEILING_S, wait_for
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "gguf"
 PROMPT = [int(i) for i in np.load(GOLDEN / "tiny-21b-q4_0.npz")["input_ids"][:40]]
@@ -110,10 +111,8 @@ def test_statistics_put_hot_experts_first(files: tuple[Path, Path], tmp_path: Pa
         assert (np.diff(ranked, axis=1) <= 0).all()
     with offloading(tmp_path / "hot.gguf", 4) as small:  # warmed from the statistics
         assert small._runtime is not None
-        deadline = time.monotonic() + 10
-        while small._runtime.expert_counters()["bytes_read"] < 4 * small._model.expert_bytes:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        counters = small._runtime.expert_counters
+        wait_for(lambda: counters()["bytes_read"] >= 4 * small._model.expert_bytes, "four warm experts")
         assert np.array_equal(small.logits(prompt), plain_bits(packed, prompt))
 
 
@@ -163,7 +162,11 @@ def test_damaged_dense_matrices_are_refused_at_once(files: tuple[Path, Path], tm
     assert name
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(place=st.floats(0, 1), change=st.integers(1, 255), cut=st.booleans())
 def test_no_bent_byte_passes(
     files: tuple[Path, Path], tmp_path: Path, place: float, change: int, cut: bool
@@ -213,28 +216,39 @@ def test_what_cannot_be_packed(
     assert list(tmp_path.glob("*.gguf")) == []
 
 
+PACK_ALL_BUT_THE_NAME = """
+import sys
+from pathlib import Path
+from runtime_cpu import pack
+from tests.freezing import freeze_when
+partial, size = Path(sys.argv[1]), int(sys.argv[2])
+freeze_when(lambda: partial.exists() and partial.stat().st_size >= size)
+pack.main(sys.argv[3:])
+"""
+
+
 def test_an_interrupted_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
     shape = Shape(
         layers=10, hidden=512, heads=4, head_dim=64, experts=24, used=2, expert_hidden=256, vocab=900
     )
     stock = write_model(tmp_path / "stock.gguf", shape, random_weights(shape), "Q4_0")
-    target = tmp_path / "packed.gguf"
+    target, whole = tmp_path / "packed.gguf", tmp_path / "whole.gguf"
     partial = tmp_path / f".{target.name}.partial"
-    killed = 0
-    for written in (1, 10_000_000, 40_000_000):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "runtime_cpu.pack", str(stock), str(target), "--threads", "1"],
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-        )
-        while process.poll() is None and not (partial.exists() and partial.stat().st_size >= written):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        if target.exists():
-            with Engine.open(target, context=32) as engine:
-                engine.logits([1, 2, 3])
-            target.unlink()
-    assert killed > 0
+    pack.pack(stock, whole, threads=1)
+    program = [sys.executable, "-c", PACK_ALL_BUT_THE_NAME, str(partial), str(whole.stat().st_size)]
+    arguments = [str(stock), str(target), "--threads", "1"]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    for written in (1, 10_000_000, 40_000_000):  # the kernel ends it at the next byte
+        limited = [sys.executable, "-m", "tests.freezing", "--bytes", str(written), "runtime_cpu.pack"]
+        done = subprocess.run([*limited, *arguments], env=environment, timeout=CEILING_S)
+        assert done.returncode == -signal.SIGXFSZ
+        assert partial.stat().st_size == written and not target.exists()
+    process = subprocess.Popen([*program, *arguments], env=environment)
+    await_frozen(process.pid, lambda: process.poll() is None)
+    process.kill()
+    process.wait()
+    assert partial.stat().st_size == whole.stat().st_size and not target.exists()
     assert pack.main([str(stock), str(target)]) == 0
+    assert target.read_bytes() == whole.read_bytes()
     with Engine.open(target, context=32) as engine:
         assert np.isfinite(engine.logits([1, 2, 3])).all()

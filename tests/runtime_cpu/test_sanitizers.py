@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import CEILING_S
+
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "gguf"
 SANITIZERS = {"address": "sanitize", "thread": "sanitize-thread"}
@@ -39,7 +41,9 @@ def build(sanitizer: str) -> Path:
 def run(program: Path, *arguments: str) -> str:
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     command = [str(program), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=4 * CEILING_S
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-6000:]}"
     return done.stdout
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,18 +19,20 @@ from tests.runtime_cpu.servers import (
     CONTEXT,
     GOLDEN,
     HELLO,
+    LONG_CONTEXT,
     MODEL,
     NAME,
     Server,
     chat_body,
     command,
-    metric,
+    get,
     never_stopping,
     open_stream,
     post,
+    read_to_end,
     running_server,
-    wait_for,
 )
+from tests.waiting import CEILING_S
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def engine() -> Iterator[Engine]:
 def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": NAME}
+    assert get(server, "/health").json() == {"status": "ok", "model": NAME}
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
@@ -307,8 +307,8 @@ def test_the_context_is_a_limit(server: Server, client: openai.OpenAI) -> None:
 
 def test_other_errors_are_json_too(server: Server) -> None:
     assert post(server, chat_body(model="gpt-5")).json()["error"]["code"] == "model_not_found"
-    assert httpx.get(f"{server.url}/nothing").json()["error"]["message"] == "there is nothing at /nothing"
-    assert httpx.get(f"{server.url}/v1/chat/completions").status_code == 405
+    assert get(server, "/nothing").json()["error"]["message"] == "there is nothing at /nothing"
+    assert get(server, "/v1/chat/completions").status_code == 405
     for prompt in ("", [], ["a", "b"], [[1], [2]], [1, -1], [1, 320], [True], {"a": 1}, None):
         response = post(server, {"prompt": prompt}, "/v1/completions")
         assert response.status_code == 400 and response.json()["error"]["param"].startswith("prompt"), prompt
@@ -325,11 +325,11 @@ def test_a_huge_body_is_refused_before_it_is_read(server: Server) -> None:
             yield b"x" * (1 << 16)
 
     try:
-        response = httpx.post(f"{server.url}/v1/chat/completions", content=endless(), timeout=60)
+        response = httpx.post(f"{server.url}/v1/chat/completions", content=endless(), timeout=CEILING_S)
         assert response.status_code == 413
     except httpx.WriteError:
         pass  # the server closed the connection while we were still sending
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert get(server, "/health").status_code == 200
 
 
 json_values = st.recursive(
@@ -369,7 +369,11 @@ FIELDS = {
 }
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     route=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
     body=st.dictionaries(st.sampled_from(sorted(FIELDS)), json_values, max_size=5),
@@ -386,7 +390,11 @@ def test_no_body_breaks_the_server(server: Server, route: str, body: dict[str, A
         assert "/" not in error["message"] or "nothing at" in error["message"] or body, "no paths in errors"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(body=st.binary(max_size=200))
 def test_no_bytes_break_the_server(server: Server, body: bytes) -> None:
     assert post(server, body).status_code == 400
@@ -397,9 +405,9 @@ def test_no_bytes_break_the_server(server: Server, body: bytes) -> None:
 
 def test_other_hosts_and_origins_are_refused(server: Server) -> None:
     for host in ("attacker.example", f"attacker.example:{server.port}", "127.0.0.1.attacker.example", ""):
-        response = httpx.get(f"{server.url}/v1/models", headers={"Host": host})
+        response = get(server, "/v1/models", headers={"Host": host})
         assert response.status_code == 403, host
-    assert httpx.get(f"{server.url}/health", headers={"Host": "LocalHost:1"}).status_code == 200
+    assert get(server, "/health", headers={"Host": "LocalHost:1"}).status_code == 200
     assert post(server, chat_body(), headers={"Origin": "https://attacker.example"}).status_code == 403
     assert post(server, chat_body(), headers={"Origin": "null"}).status_code == 403
     assert post(server, chat_body(), headers={"Origin": server.url}).status_code == 200
@@ -410,8 +418,8 @@ def test_an_api_key_is_asked_for() -> None:
     with running_server(
         GOLDEN / "tiny-21b-q4_0.gguf", "--context", "64", "--api-key", "sésame", "--model-name", "m"
     ) as server:
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert httpx.get(f"{server.url}/").status_code == 200
+        assert get(server, "/health").status_code == 200
+        assert get(server, "/").status_code == 200
         for headers in (
             {},
             {"Authorization": "Bearer wrong"},
@@ -419,13 +427,13 @@ def test_an_api_key_is_asked_for() -> None:
             {"Authorization": "Bearer"},
         ):
             for route in ("/v1/models", "/metrics", "/nothing"):
-                assert httpx.get(server.url + route, headers=headers).status_code == 401
+                assert get(server, route, headers=headers).status_code == 401
         right = {"Authorization": "Bearer sésame".encode()}
-        assert httpx.get(f"{server.url}/v1/models", headers=right).json()["data"][0]["id"] == "m"
+        assert get(server, "/v1/models", headers=right).json()["data"][0]["id"] == "m"
 
 
 def test_the_page_runs_only_its_own_code(server: Server) -> None:
-    response = httpx.get(f"{server.url}/")
+    response = get(server, "/")
     policy = response.headers["content-security-policy"]
     assert response.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in policy and "unsafe" not in policy and "script-src 'sha256-" in policy
@@ -435,7 +443,7 @@ def test_the_page_runs_only_its_own_code(server: Server) -> None:
 
 
 def test_metrics_are_prometheus_text(server: Server) -> None:
-    response = httpx.get(f"{server.url}/metrics")
+    response = get(server, "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -463,7 +471,7 @@ def test_metrics_are_prometheus_text(server: Server) -> None:
     ],
 )
 def test_an_unusable_start_says_one_sentence(arguments: list[str], sentence: str) -> None:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=CEILING_S)
     assert done.returncode == 2, done
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and sentence in lines[0], lines
@@ -471,33 +479,31 @@ def test_an_unusable_start_says_one_sentence(arguments: list[str], sentence: str
 
 def test_a_port_in_use_is_named(server: Server) -> None:
     done = subprocess.run(
-        command(MODEL, "--port", str(server.port)), capture_output=True, text=True, timeout=60
+        command(MODEL, "--port", str(server.port)), capture_output=True, text=True, timeout=CEILING_S
     )
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {server.port}" in done.stderr
 
 
 def test_sigterm_finishes_answers_and_exits_with_0() -> None:
-    with running_server(MODEL, "--context", "16384") as server:
-        body = chat_body(**{**never_stopping(), "max_tokens": 3000})
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(post, server, body)
-            wait_for(lambda: metric(server, "running") == 1 or pending.done())
-            server.process.send_signal(signal.SIGTERM)
-            answer = pending.result()
-        assert answer.status_code == 200
-        assert answer.json()["usage"]["completion_tokens"] == 3000
-        assert server.process.wait(timeout=30) == 0
+    with running_server(MODEL, "--context", str(LONG_CONTEXT), "--grace", "3600") as server:
+        fields = {**never_stopping(), "max_tokens": 3000, "stream_options": {"include_usage": True}}
+        connection = open_stream(server, **fields)
+        server.process.send_signal(signal.SIGTERM)
+        rest = read_to_end(connection)
+        assert b"data: [DONE]" in rest and b'"completion_tokens":3000' in rest.replace(b" ", b"")
+        assert server.process.wait(timeout=CEILING_S) == 0
     assert server.lines[-1] == "stopped"
 
 
 def test_sigterm_ends_answers_that_take_too_long() -> None:
-    with running_server(MODEL, "--context", "16384", "--grace", "1") as server:
-        connection = open_stream(server, **{**never_stopping(), "max_tokens": 16000})
-        started = time.monotonic()
+    """A grace of a second is over long before an answer of five minutes or more."""
+    with running_server(MODEL, "--context", str(LONG_CONTEXT), "--grace", "1", endless=True) as server:
+        connection = open_stream(server, max_tokens=16000)
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(timeout=30) == 0
-        assert time.monotonic() - started < 20
+        rest = read_to_end(connection)
+        assert b"[DONE]" not in rest and rest.count(b"data: ") < 16000
+        assert server.process.wait(timeout=CEILING_S) == 0
         connection.close()
 
 

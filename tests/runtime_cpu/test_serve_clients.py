@@ -5,26 +5,41 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import socket
-import time
+from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests.runtime_cpu.servers import (
     GOLDEN,
     HELLO,
+    LONG_CONTEXT,
+    MODEL,
     NAME,
     Server,
+    ask_only,
+    await_idle,
+    await_metric,
     chat_body,
+    get,
     metric,
     never_stopping,
     open_stream,
     post,
     running_server,
-    wait_for,
 )
+from tests.waiting import wait_for
+
+
+@pytest.fixture(scope="module")
+def endless_server() -> Iterator[Server]:
+    """Its long answers take minutes, however fast the machine is."""
+    with running_server(MODEL, "--context", str(LONG_CONTEXT), "--queue", "4", endless=True) as running:
+        yield running
+
+
+LONG: dict[str, Any] = {"max_tokens": 16000}
 
 
 def test_concurrent_clients_get_their_own_answers(client: openai.OpenAI) -> None:
@@ -39,53 +54,53 @@ def test_concurrent_clients_get_their_own_answers(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_generation(server: Server, stream: bool) -> None:
-    before = metric(server, 'generations_total{finish="cancelled"}') if _has_cancelled(server) else 0.0
-    for _ in range(5):  # the tiny model may finish before we are gone: try again
-        if stream:  # several, so that each is slower
-            for connection in [open_stream(server, **never_stopping()) for _ in range(4)]:
-                connection.close()
-        else:
-            with pytest.raises(httpx.TimeoutException):
-                httpx.post(
-                    f"{server.url}/v1/chat/completions",
-                    json=chat_body(**never_stopping()),
-                    timeout=httpx.Timeout(5, read=0.01),
-                )
-        wait_for(lambda: metric(server, "running") == 0)
-        if _has_cancelled(server) and metric(server, 'generations_total{finish="cancelled"}') > before:
-            break
+def test_a_client_that_leaves_stops_its_generation(endless_server: Server, stream: bool) -> None:
+    before = cancelled(endless_server)
+    if stream:
+        connections = [open_stream(endless_server, **LONG)]
+        connections += [ask_only(endless_server, stream=True, **LONG) for _ in range(3)]  # these wait
+        await_metric(endless_server, "waiting", 3)
     else:
-        pytest.fail("no generation was cancelled")
-    assert post(server, chat_body()).status_code == 200
+        connections = [ask_only(endless_server, **LONG)]
+        await_metric(endless_server, "running", 1)
+    for connection in connections:
+        connection.close()
+    wait_for(lambda: cancelled(endless_server) > before, "the end of the generation")
+    await_idle(endless_server)
+    assert post(endless_server, chat_body()).status_code == 200
 
 
-def _has_cancelled(server: Server) -> bool:
-    return 'finish="cancelled"' in httpx.get(f"{server.url}/metrics").text
+def cancelled(server: Server) -> float:
+    name = 'generations_total{finish="cancelled"}'
+    return metric(server, name) if name in get(server, "/metrics").text else 0.0
 
 
-def test_a_full_queue_refuses_at_once(server: Server) -> None:
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        answers = list(pool.map(lambda _: post(server, chat_body(**never_stopping())), range(24)))
-    codes = {answer.status_code for answer in answers}
-    assert codes == {200, 429}, codes
-    refused = next(answer for answer in answers if answer.status_code == 429)
-    assert refused.json()["error"]["code"] == "queue_full" and refused.headers["retry-after"]
-    wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0)
-    assert post(server, chat_body()).status_code == 200
+def test_a_full_queue_refuses_at_once(endless_server: Server) -> None:
+    first = open_stream(endless_server, **LONG)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(post, endless_server, chat_body()) for _ in range(4)]
+        await_metric(endless_server, "waiting", 4)
+        refused = post(endless_server, chat_body())
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "queue_full" and refused.headers["retry-after"]
+        assert not any(answer.done() for answer in waiting)
+        first.close()
+        assert [answer.result().status_code for answer in waiting] == [200] * 4
+    await_idle(endless_server)
+    assert post(endless_server, chat_body()).status_code == 200
 
 
 def test_a_cancel_storm_leaves_others_alone(server: Server, client: openai.OpenAI) -> None:
     def ask() -> str | None:
-        for _ in range(200):
-            try:
+        def answered() -> list[str | None]:
+            with contextlib.suppress(openai.RateLimitError):
                 answer = client.chat.completions.create(
                     model=NAME, messages=HELLO, temperature=0, max_tokens=40
                 )
-                return answer.choices[0].message.content
-            except openai.RateLimitError:
-                time.sleep(0.02)
-        raise AssertionError("the queue stayed full")
+                return [answer.choices[0].message.content]
+            return []
+
+        return wait_for(answered, "a place in the queue")[0]
 
     expected = ask()
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -95,13 +110,13 @@ def test_a_cancel_storm_leaves_others_alone(server: Server, client: openai.OpenA
                 open_stream(server, **never_stopping()).close()
         assert [future.result() for future in asking] == [expected] * 4
     # Every place of those who left is free again, however late the server heard of it.
-    wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0)
+    await_idle(server)
 
 
 def test_a_slow_reader_does_not_hold_the_engine(server: Server) -> None:
     connection = open_stream(server, **never_stopping())
     try:
-        wait_for(lambda: metric(server, "running") == 0)
+        await_metric(server, "running", 0)
         assert post(server, chat_body()).status_code == 200
     finally:
         connection.close()
@@ -135,4 +150,4 @@ def test_parallel_clients_share_their_steps() -> None:
                 most = max(most, metric(server, "running"))
             assert [future.result() for future in asked] == alone
         assert most <= 2
-        wait_for(lambda: metric(server, "running") + metric(server, "waiting") == 0)
+        await_idle(server)

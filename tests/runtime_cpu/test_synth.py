@@ -15,6 +15,7 @@ from runtime_cpu import Engine, synth, synth_check
 from runtime_cpu.gguf_writer import GGUFWriteError, GGUFWriter, TensorInfo
 from runtime_cpu.synth import Shape, group_size, text_like_ids
 from runtime_cpu.synth_vocabulary import SynthError, synthetic_vocabulary
+from tests.waiting import CEILING_S
 
 SMALL = Shape(
     name="small",
@@ -179,7 +180,7 @@ def test_text_stays_in_its_group() -> None:
 def test_the_command(tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "runtime_cpu.synth", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=CEILING_S)
 
     for arguments, message in (
         (["4b", tmp_path / "x", "--layers", 0], "--layers is 0"),

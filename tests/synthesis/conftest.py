@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from components.sources.catalogue import load_catalogue
 from components.synthesis import SynthesizeConfig
 from components.synthesis.filters.answers import AnswerFilter
 from components.synthesis.teacher.server import free_port
+from tests.waiting import CEILING_S, wait_for
 
 WORDS = """
     river mountain harvest village copper harbour winter market bridge lantern garden teacher engine wheat orchard
@@ -156,6 +156,12 @@ class TestTeacher:
             **more,
         }
 
+    def answer_until(self, asked: int) -> None:
+        """Let it answer the first ``asked`` requests; whoever asks more waits."""
+        limit = self.log.with_suffix(".limit")
+        limit.with_suffix(".new").write_text(str(asked))
+        limit.with_suffix(".new").replace(limit)
+
     def asked(self) -> list[dict[str, Any]]:
         """Every request so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
@@ -163,22 +169,25 @@ class TestTeacher:
 
 @pytest.fixture
 def teachers(tmp_path: Path) -> Iterator[Callable[..., TestTeacher]]:
-    """Starts teachers: ``teachers("good", delay_s=0.1)``."""
+    """Starts teachers: ``teachers("good")``."""
     started: list[TestTeacher] = []
 
-    def start(mode: str, delay_s: float = 0.0) -> TestTeacher:
+    def start(mode: str) -> TestTeacher:
         port, log = free_port(), tmp_path / f"asked-{len(started)}.jsonl"
         command = [sys.executable, str(Path(__file__).with_name("teacher_app.py")), str(port), mode, str(log)]
-        teacher = TestTeacher(subprocess.Popen([*command, str(delay_s)]), port, log)
+        teacher = TestTeacher(subprocess.Popen(command), port, log)
         started.append(teacher)
-        for _ in range(300):
+
+        def answers() -> bool:
+            assert teacher.process.poll() is None
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-                return teacher
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=CEILING_S).close()
             except OSError:
-                assert teacher.process.poll() is None
-                time.sleep(0.1)
-        raise AssertionError("the test teacher did not start")
+                return False
+            return True
+
+        wait_for(answers, "the test teacher")
+        return teacher
 
     yield start
     for teacher in started:

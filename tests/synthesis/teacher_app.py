@@ -1,13 +1,15 @@
-"""A small OpenAI-compatible teacher for tests: ``python teacher_app.py PORT MODE LOG [DELAY_S]``.
+"""A small OpenAI-compatible teacher for tests: ``python teacher_app.py PORT MODE LOG``.
 
 It obeys the prompts well enough for its answers to pass the filters. Every request is appended to LOG as one JSON
-line, so that tests can count what was asked. Modes: good, garbage, broken (500), refusing (401), html, slow, dying.
+line, so that tests can count what was asked. A file LOG with the suffix .limit holds how many it answers; further ones
+wait until it holds more. Modes: good, garbage, broken (500), refusing (401), html, silent, dying.
 """
 
 import asyncio
 import json
 import os
 import sys
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
@@ -62,14 +64,14 @@ def answer(prompt: str) -> str:
 def main() -> None:
     """Serve until killed."""
     port, mode, log_path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    delay_s = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
+    limit = Path(log_path).with_suffix(".limit")
     asked = 0
 
     async def chat(request: Request) -> Response:
         nonlocal asked
         body = await request.json()
         asked += 1
-        await asyncio.sleep(delay_s)
+        number = asked
         with open(log_path, "a") as log:  # noqa: PTH123
             log.write(json.dumps(body) + "\n")
         if mode == "broken":
@@ -78,8 +80,8 @@ def main() -> None:
             return JSONResponse({"error": {"message": "who are you"}}, status_code=401)
         if mode == "html":
             return HTMLResponse("<html>a login page</html>")
-        if mode == "slow":
-            await asyncio.sleep(30)
+        while mode == "silent" or (limit.exists() and number > int(limit.read_text())):
+            await asyncio.sleep(0.01)
         if mode == "dying" and asked > 5:
             os._exit(7)
         prompt = body["messages"][-1]["content"]

@@ -1,4 +1,4 @@
-"""Config, prompts, plan, ledger and personas."""
+"""Config, prompts, selection of items, ledger and personas."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from components.corpus.templates import EVAL_SEED_START, is_reserved, topic_mess
 from components.synthesis import SynthesizeConfig
 from components.synthesis.config import TaskConfig
 from components.synthesis.personas import read_collection
-from components.synthesis.plan import choose, interleave, plan
 from components.synthesis.prompts import JUDGE_SCHEMA, judge, pairs, read_score, rewrite
+from components.synthesis.selection import choose, interleave, select_items
 from components.synthesis.task_rows import task_rows, title_of
 from components.synthesis.teacher.ledger import Answer, Ledger, digest_of
 
@@ -100,18 +100,18 @@ def test_choice_ignores_order_and_length_rule_holds() -> None:
     assert len(choose(documents, 1000, 50, 7)) == 50
 
 
-def test_plan_is_stable_and_ids_are_unique(inputs: dict[str, Path]) -> None:
+def test_selection_is_stable_and_ids_are_unique(inputs: dict[str, Path]) -> None:
     config = SynthesizeConfig.model_validate({"mga": {"documents": {"general": 40}}})
-    items = plan(config, inputs["curate"], ["a gardener", "a pilot"])
-    assert items == plan(config, inputs["curate"], ["a gardener", "a pilot"])
+    items = select_items(config, inputs["curate"], ["a gardener", "a pilot"])
+    assert items == select_items(config, inputs["curate"], ["a gardener", "a pilot"])
     assert len({item.id for item in items}) == len(items) == 40 + 24 + 40 + 40
-    assert {item.kind for item in plan(config, inputs["curate"], [])} == {"mga", "document_persona"}
+    assert {item.kind for item in select_items(config, inputs["curate"], [])} == {"mga", "document_persona"}
 
 
 def test_missing_category_is_named(inputs: dict[str, Path]) -> None:
     config = SynthesizeConfig.model_validate({"mga": {"documents": {"chinese": 4}}})
     with pytest.raises(StageError, match=r"chinese\.jsonl"):
-        plan(config, inputs["curate"], [])
+        select_items(config, inputs["curate"], [])
 
 
 def test_task_rows_keep_to_training(inputs: dict[str, Path]) -> None:

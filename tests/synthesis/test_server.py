@@ -8,16 +8,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from components.artifacts import StageContext, StageError
+from components.artifacts import PROJECT, StageContext, StageError
 from components.synthesis import SynthesizeConfig, run
-from components.synthesis.teacher.preflight import PROJECT, preflight
+from components.synthesis.teacher.preflight import preflight
 from components.synthesis.teacher.server import ServerProcess, end_leftover, free_port
+from tests.waiting import CEILING_S, state_of, wait_for
 
 # A server with a child of its own, as vLLM has: killing the one must not leave the other.
 _PARENT = """
@@ -35,54 +35,47 @@ def make(folder: Path, code: str = _PARENT) -> tuple[ServerProcess, Path]:
     return ServerProcess("the test server", command, {}, folder, f"http://127.0.0.1:{port}/"), child
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(pid: int, timeout_s: float = 20.0) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pid)
+def await_end(*pids: int) -> None:
+    wait_for(lambda: not any(map(state_of, pids)), f"the end of {pids}")
 
 
 def test_starts_answers_and_ends_with_its_children(tmp_path: Path) -> None:
     server, child_path = make(tmp_path)
     with server:
-        assert server.wait_ready(30) > 0
+        assert server.wait_ready(CEILING_S) > 0
         child = int(child_path.read_text())
-        assert alive(child) and server.record_path.exists()
-    assert gone(child) and not server.record_path.exists()
+        assert state_of(child) and server.record_path.exists()
+    await_end(child)
+    assert not server.record_path.exists()
 
 
 def test_one_that_ends_shows_its_last_lines(tmp_path: Path) -> None:
     server, _ = make(tmp_path, "import sys; print('no such model'); sys.exit(4)")
     with server, pytest.raises(StageError, match=r"(?s)exit code 4.*no such model"):
-        server.wait_ready(30)
+        server.wait_ready(CEILING_S)
 
 
 def test_one_that_stays_silent_is_given_up(tmp_path: Path) -> None:
     server, _ = make(tmp_path, "import time; print('thinking', flush=True); time.sleep(600)")
     with server, pytest.raises(StageError, match=r"(?s)within 1 s.*thinking"):
-        server.wait_ready(1)
+        wait_for(lambda: "thinking" in server.last_lines(), "its first line")
+        server.wait_ready(1)  # time is the subject: it never answers, so that any limit is exceeded
 
 
 def test_missing_program(tmp_path: Path) -> None:
     server = ServerProcess("the test server", ["/no/such/program"], {}, tmp_path, "http://127.0.0.1:9/")
     with server, pytest.raises(StageError, match="ended by itself"):
-        server.wait_ready(30)
+        server.wait_ready(CEILING_S)
 
 
 _OWNER = """
 import sys, time
 from pathlib import Path
 from tests.synthesis.test_server import make
+from tests.waiting import CEILING_S
 server, child = make(Path(sys.argv[1]))
 server.start()
-server.wait_ready(60)
+server.wait_ready(CEILING_S)
 print(server._process.pid, flush=True)
 time.sleep(600)
 """
@@ -99,10 +92,10 @@ def _owner(folder: Path) -> tuple[subprocess.Popen[str], int, int]:
 
 def test_nothing_outlives_a_killed_stage(tmp_path: Path) -> None:
     owner, group, child = _owner(tmp_path)
-    assert alive(child)
+    assert state_of(child)
     owner.kill()
     owner.wait()
-    assert gone(child) and gone(group)
+    await_end(child, group)
 
 
 def test_leftovers_of_a_killed_watchdog_are_found_at_the_next_start(tmp_path: Path) -> None:
@@ -111,9 +104,10 @@ def test_leftovers_of_a_killed_watchdog_are_found_at_the_next_start(tmp_path: Pa
     owner.kill()
     owner.wait()
     os.kill(group, signal.SIGKILL)
-    assert gone(group) and alive(child)
+    await_end(group)
+    assert state_of(child)
     assert end_leftover(tmp_path / "teacher.json")
-    assert gone(child)
+    await_end(child)
     assert not end_leftover(tmp_path / "teacher.json")
 
 
@@ -124,7 +118,7 @@ def test_a_record_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     ) as other:
         record.write_text(json.dumps({"group": other.pid, "born": "12345", "name": "x"}))
         assert not end_leftover(record)
-        assert alive(other.pid)
+        assert state_of(other.pid)
         other.kill()
     for torn in ("", "{", "[]", '{"group": "x"}'):
         record.write_text(torn)

@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +18,9 @@ import pytest
 from components.artifacts import StageContext, StageError
 from components.corpus.templates import TOPICS, is_reserved
 from components.synthesis import run
+from components.synthesis import stage as stage_module
+from components.synthesis.teacher.teacher import client as client_module
+from tests.waiting import wait_for
 
 from .conftest import TestTeacher
 
@@ -96,7 +99,7 @@ def test_garbage_is_dropped_and_counted(context: Contexts, teachers: Teachers) -
     [
         ("broken", {}, "HTTP 500"),
         ("html", {}, "not a chat completion"),
-        ("slow", {"request_timeout_s": 0.2, "concurrency": 16}, "no answer within 0.2 s"),
+        ("silent", {"request_timeout_s": 0.2, "concurrency": 16}, "no answer within 0.2 s"),
         ("refusing", {}, "TEACHER_API_KEY"),
     ],
 )
@@ -116,14 +119,21 @@ def test_unreachable_endpoint_names_url_and_alternatives(context: Contexts) -> N
         run(context(teacher=dead))
 
 
-def test_time_limit_is_counted(context: Contexts, teachers: Teachers) -> None:
-    teacher = teachers("good", delay_s=0.3)
+def test_time_limit_is_counted(
+    context: Contexts, teachers: Teachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but for 0.3 s per question: the fourth is asked after 0.9 s."""
+    teacher = teachers("good")
+    clock = SimpleNamespace(monotonic=lambda: 0.3 * len(teacher.asked()))
+    for module in (client_module, stage_module):
+        monkeypatch.setattr(module, "time", clock)
+    # time is the subject: of the clock above
     made = context(teacher=teacher.config(concurrency=1), time_limit_s=0.8)
     run(made)
     counts = json.loads((made.out / "counts.json").read_text())
     check_sums(counts)
     unasked = sum(kind["rejected"].get("out_of_time", 0) for kind in counts["items"].values())
-    assert 0 < unasked < 22 and len(teacher.asked()) < 10
+    assert len(teacher.asked()) == 3 and unasked == 22 - 3
     assert any("not asked within" in note for note in made.notes)
 
 
@@ -153,7 +163,7 @@ run(StageContext("synthesize", "test", request["config"], {k: Path(v) for k, v i
 
 def test_killed_and_run_again(context: Contexts, teachers: Teachers) -> None:
     """kill -9 at several moments: nothing is asked twice but what was in flight, and the files are the same."""
-    teacher = teachers("good", delay_s=0.1)
+    teacher = teachers("good")
     quick: dict[str, Any] = {  # without reasoning_gym, which takes seconds to import
         "personas": {"from_documents": 4, "problems": 0, "questions": 4},
         "tasks": {"topic_rows": 20, "arithmetic_rows": 0, "generated_rows": {}},
@@ -166,18 +176,22 @@ def test_killed_and_run_again(context: Contexts, teachers: Teachers) -> None:
         "cache": str(made.cache),
     }
     for kill_at in (5, 14):
+        teacher.answer_until(kill_at)
         process = subprocess.Popen(
             [sys.executable, "-c", _RUN, json.dumps(request)],
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 60
-        while len(teacher.asked()) < kill_at and time.monotonic() < deadline:
+
+        def enough_asked(process: subprocess.Popen[bytes] = process, kill_at: int = kill_at) -> bool:
             assert process.poll() is None
-            time.sleep(0.02)
+            return len(teacher.asked()) > kill_at
+
+        wait_for(enough_asked, f"{kill_at} answers and one more question")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         assert not any((made.out / name).exists() for name in NAMES)
+    teacher.answer_until(1000)
     run(made)
     asked = Counter(json.dumps(body, sort_keys=True) for body in teacher.asked())
     assert sum(asked.values()) - len(asked) <= 2 * 2, "more was asked twice than two kills can lose in flight"

@@ -1,1 +1,1 @@
-"""What a run keeps to go on: saving, loading on other processes, evaluations and metrics."""
+"""What a run needs to resume: checkpoints, resharding to another mesh, finished evaluations and metrics."""

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import sync, write_atomically, write_json
+from components.artifacts import write_atomically, write_json
 
 # Every training line has it, also one of an interval whose steps were all skipped.
 TRAIN_KEY = "train/lr"
@@ -20,7 +20,7 @@ RUN_NAME = "run.json"
 
 
 class RunRecord:
-    """Finished evaluations by name (``stage1:start``, ``stage1:end``, ``bigram``), on disk at once."""
+    """Finished evaluations by name (``stage1:start``, ``stage1:end``, ``bigram``); :meth:`put` is durable."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "evaluations.json"
@@ -37,7 +37,7 @@ class RunRecord:
         write_json(self._path, self.values)
 
     def forget_after(self, step: int) -> None:
-        """Drop evaluations of a later step: the run goes on from ``step`` and makes them again."""
+        """Drop evaluations of a later step: the run resumes at ``step`` and makes them again."""
         for name in [name for name, entry in self.values.items() if entry.get("step", 0) > step]:
             del self.values[name]
 
@@ -49,7 +49,7 @@ def evaluation_metrics(name: str, entry: dict[str, Any]) -> dict[str, float]:
 
 
 def _order(name: str) -> int:
-    """Evaluations at one step: a stage's end comes before the next one's start."""
+    """Order of evaluations at one step: a training stage's end comes before the next one's start."""
     stage, _, moment = name.partition(":")
     return 2 * int(stage.removeprefix("stage")) + (1 if moment == "end" else 0)
 
@@ -86,12 +86,6 @@ def align_metrics(path: Path, step: int, record: RunRecord) -> None:
     unique = {(number, order): line for number, order, line in lines}
     text = "".join(json.dumps(unique[key]) + "\n" for key in sorted(unique))
     write_atomically(path, text.encode())
-
-
-def flush_to_disk(path: Path) -> None:
-    """Make what was appended to ``path`` survive a power failure."""
-    if path.exists():
-        sync(path)
 
 
 def describe_run(scratch: Path, config: dict[str, Any], tokens: Path) -> None:

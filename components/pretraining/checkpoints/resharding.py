@@ -1,8 +1,8 @@
-"""Carries a checkpoint to other processes: ``universal(store, checkpoint, ranks, collectives)``.
+"""Reshards a checkpoint for another mesh: ``universal(store, checkpoint, ranks, collectives)``.
 
-ZeRO's files hold each process's part of the flat optimizer state, which no other number of processes can load.
+ZeRO's files hold each rank's partition of the flat optimizer state, which no other number of ranks can load.
 DeepSpeed's universal checkpoint has one file per parameter and kind (fp32 weight, both moments) in the parameter's own
-shape. It is made when the processes that resume divide the state otherwise than those that saved, and kept beside the
+shape. It is made when the ranks that resume partition the state otherwise than those that saved, and kept beside the
 checkpoint as ``step-00000120-universal``, sealed and verified like it.
 """
 
@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from components.artifacts import StageError, sync
+from components.artifacts import StageError, fsync_path
 from components.pretraining.deepspeed.parameter_names import official_parameter, sharded_parameter
 from components.pretraining.processes.collectives import Collectives
-from components.pretraining.processes.ranks import Ranks, describe_division
+from components.pretraining.processes.ranks import Ranks, describe_mesh
 from components.weights.checkpoint_store import (
     CHECKSUMS_NAME,
     Checkpoint,
-    CheckpointError,
     CheckpointStore,
+    DamagedCheckpointError,
     checksum,
     seal,
     split_by_size,
@@ -34,7 +34,7 @@ from components.weights.checkpoint_store import (
 
 
 def _own_checksum(checkpoint: Path) -> str:
-    """What identifies the bytes of a checkpoint."""
+    """SHA-256 of a checkpoint's list of checksums: it identifies the bytes of all its files."""
     return checksum(checkpoint, [CHECKSUMS_NAME])[CHECKSUMS_NAME]["sha256"]  # type: ignore[no-any-return]
 
 
@@ -57,16 +57,16 @@ def convert(source: Path, target: Path) -> None:
 
 
 def _is_whole(folder: Path, origin: str, ranks: Ranks, collectives: Collectives) -> bool:
-    """Whether ``folder`` is the universal form of the checkpoint ``origin``; each process reads its share."""
+    """Whether ``folder`` is the universal form of ``origin``, a checkpoint's checksum; each rank verifies its share."""
     good = False
-    with contextlib.suppress(CheckpointError, OSError):
+    with contextlib.suppress(DamagedCheckpointError, OSError):
         _, stated = verify(folder, ranks.rank, ranks.world)
         good = stated.get("universal_of") == origin
     return all(collectives.gather(good))
 
 
 def universal(store: CheckpointStore, checkpoint: Checkpoint, ranks: Ranks, collectives: Collectives) -> Path:
-    """The universal form of a checkpoint, made now unless a whole one lies there. Every process calls this.
+    """The universal form of a checkpoint, made now unless there is a whole one already; a collective.
 
     Raises:
         StageError: it cannot be made; the checkpoint is untouched.
@@ -75,7 +75,7 @@ def universal(store: CheckpointStore, checkpoint: Checkpoint, ranks: Ranks, coll
     origin = _own_checksum(checkpoint.path)
     if _is_whole(final, origin, ranks, collectives):
         return final
-    # DeepSpeed leaves a file of its own beside the folder that it writes.
+    # In a folder of its own, since DeepSpeed leaves a further file beside the folder that it writes.
     draft = store.folder / f".{final.name}" / final.name
     sizes: dict[str, int] = {}
     problem = ""
@@ -89,23 +89,23 @@ def universal(store: CheckpointStore, checkpoint: Checkpoint, ranks: Ranks, coll
                 for path in draft.rglob("*")
                 if path.is_file()
             }
-        except Exception as error:  # whatever DeepSpeed stumbles on: the others must not wait for ever
+        except Exception as error:  # whatever it is: the other ranks must not hang in the broadcast
             problem = f"{type(error).__name__}: {error}"
     problem = collectives.broadcast(problem)
     if problem:
         raise StageError(
             f"The checkpoint of step {checkpoint.step} was saved by other processes than these, and DeepSpeed could "
             f"not convert it ({problem}). Resume with those that saved it: "
-            f"{describe_division(checkpoint.mesh)}."
+            f"{describe_mesh(checkpoint.mesh)}."
         )
     share = split_by_size(collectives.broadcast(sizes), ranks.world)[ranks.rank]
     parts = collectives.gather(checksum(draft, share))
     if ranks.is_first:
-        together = {name: entry for part in parts for name, entry in part.items()}
-        seal(draft, checkpoint.step, {"universal_of": origin}, together)
+        entries = {name: entry for part in parts for name, entry in part.items()}
+        seal(draft, checkpoint.step, {"universal_of": origin}, entries)
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)
-        sync(store.folder)
+        fsync_path(store.folder)
         shutil.rmtree(draft.parent)
     collectives.barrier()
     return final
@@ -117,7 +117,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def parameter_folder(folder: Path, name: str) -> Path | None:
     """Where a universal checkpoint keeps a parameter, by the name that the present model has for it, or ``None``.
 
-    Expert weights have other names when they are spread over processes; the files keep those they were saved by.
+    Expert weights have other names under expert parallelism; the files keep the names that they were saved under.
     """
     official = official_parameter(name) or name
     places = (folder / "zero" / candidate for candidate in (official, sharded_parameter(official)))
@@ -125,16 +125,16 @@ def parameter_folder(folder: Path, name: str) -> Path | None:
 
 
 def _read(path: Path) -> torch.Tensor:
-    """A tensor of a universal checkpoint, mapped: only what is taken from it is read."""
+    """A tensor of a universal checkpoint, memory-mapped: only the pages that are used are read."""
     tensor: torch.Tensor = torch.load(path, mmap=True, weights_only=False)["param"]
     return tensor
 
 
 def load_universal(engine: Any, folder: Path) -> dict[str, Any]:
-    """Fill this process's part of weights, moments and step from a universal checkpoint; returns the trainer's state.
+    """Fill this rank's partition of weights, moments and step from a universal checkpoint; returns the trainer's state.
 
     DeepSpeed's own loading pairs optimizer groups by their position and copies their settings, which goes wrong when
-    expert parallelism splits groups, and it reads every file whole on every process.
+    expert parallelism splits groups, and it reads every file whole on every rank.
 
     Raises:
         StageError: a parameter is not in the checkpoint or has another shape.
@@ -148,12 +148,12 @@ def load_universal(engine: Any, folder: Path) -> dict[str, Any]:
         for parameter in parameters:
             mapping = parameter._hp_mapping
             if mapping is None:
-                continue  # no element of it lies in this process's part
+                continue  # no element of it lies in this rank's partition
             name = zero.param_names[parameter]
             source = parameter_folder(folder, name)
             if source is None:
                 if official_parameter(name) is None:
-                    continue  # fills a place in DeepSpeed's files and is zero
+                    continue  # w3, a placeholder in DeepSpeed's files, which is zero
                 raise StageError(f"The checkpoint {folder.name} has no parameter {name}.")
             part, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
             for key, target in (("fp32", flat), *((key, state[key]) for key in _MOMENTS)):
@@ -174,9 +174,9 @@ def load_universal(engine: Any, folder: Path) -> dict[str, Any]:
 
 
 def _own_experts(full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This process's experts of a stacked tensor; all of it when experts are not spread."""
-    spread = getattr(parameter, "ds_autoep_uc_meta", None)
-    if spread is None:
+    """This rank's experts of a stacked tensor; all of it without expert parallelism."""
+    sharding = getattr(parameter, "ds_autoep_uc_meta", None)
+    if sharding is None:
         return full
-    local = spread["local_experts"]
+    local = sharding["local_experts"]
     return full[local[0] : local[-1] + 1]

@@ -1,8 +1,9 @@
-"""Saves, seals and finds checkpoints with all processes: ``Saver(store, ranks, mesh).save(engine, step, state)``.
+"""Saves, seals and finds checkpoints on all ranks: ``Saver(store, ranks, mesh).save(engine, step, state)``.
 
-DeepSpeed writes while training waits. Checksumming, flushing and the rename that makes the checkpoint visible are each
-process's work on the files that it wrote itself, in a background thread if wanted: then training goes on meanwhile,
-and what needs the checkpoint (the next save, the record of an evaluation, an export, the end) waits for it.
+DeepSpeed writes while training waits. Sealing follows: every rank fsyncs and checksums the files that it wrote itself,
+then the first rank renames the folder, which makes the checkpoint visible. It can run in a background thread: then
+training goes on meanwhile, and whatever needs the checkpoint (the next save, the record of an evaluation, an export,
+the end of the run) waits for it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.ranks import Ranks
 from components.weights.checkpoint_store import (
     Checkpoint,
-    CheckpointError,
     CheckpointStore,
+    DamagedCheckpointError,
     checksum,
     complaint,
 )
@@ -28,9 +29,9 @@ from components.weights.checkpoint_store import (
 
 @contextmanager
 def files_written(engine: Any) -> Iterator[list[Path]]:
-    """The files that this process writes through the engine within the block.
+    """The files that this rank writes through the engine within the block.
 
-    A file is flushed by the machine that wrote it: elsewhere an ``fsync`` need not reach its pages.
+    A file must be fsynced on the host that wrote it: on another one ``fsync`` need not reach its page cache.
     """
     written: list[Path] = []
     writer = engine.checkpoint_engine
@@ -44,24 +45,24 @@ def files_written(engine: Any) -> Iterator[list[Path]]:
     try:
         yield written
     finally:
-        del writer.save  # the class's own shows again
+        del writer.save  # so that the class's method is seen again
 
 
 class Saver:
-    """Writes the checkpoints of one run, with all its processes.
+    """Writes the checkpoints of one run; every rank has one and calls it alike.
 
     Args:
-        store: where they go; only the first process changes it.
+        store: where they go; only the first rank changes it.
         ranks: this process's place.
-        mesh: how the processes divide the state, recorded with each checkpoint.
-        in_background: whether sealing leaves training free to go on.
+        mesh: how the ranks partition the state, recorded with each checkpoint.
+        in_background: seal in a thread, while training goes on.
     """
 
     def __init__(
         self, store: CheckpointStore, ranks: Ranks, mesh: Mapping[str, Any], in_background: bool
     ) -> None:
         self._store, self._ranks, self._mesh, self._in_background = store, ranks, dict(mesh), in_background
-        # The thread's messages must not meet those of the main thread.
+        # The sealing thread has a process group of its own: its collectives must not interleave with the main thread's.
         self._collectives, self._sealing = Collectives(ranks), Collectives(ranks)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -71,7 +72,7 @@ class Saver:
 
         Raises:
             StageError: the checkpoint before this one could not be sealed.
-            OSError: likewise, with its cause in this process.
+            OSError: likewise, with its cause on this rank.
         """
         self.wait()
         draft = self._collectives.broadcast(self._store.prepare(step) if self._ranks.is_first else Path())
@@ -88,7 +89,7 @@ class Saver:
             self.wait()
 
     def _seal(self, step: int, draft: Path, names: list[str]) -> None:
-        """Flush, checksum and commit; every process learns how it ended."""
+        """Fsync, checksum and commit; every rank gets the same outcome."""
         try:
             entries: dict[str, Any] = {}
             problem: Exception | None = None
@@ -97,26 +98,26 @@ class Saver:
             except OSError as error:
                 problem = error
             parts = self._sealing.gather((entries, str(problem or "")))
-            words = next((text for _, text in parts if text), "")
-            if not words and self._ranks.is_first:
+            reason = next((text for _, text in parts if text), "")
+            if not reason and self._ranks.is_first:
                 try:
-                    together = {name: entry for part, _ in parts for name, entry in part.items()}
-                    self._store.commit(step, self._mesh, together)
-                except (OSError, CheckpointError) as error:
-                    problem, words = error, str(error)
-            words = self._sealing.broadcast(words)
-            if problem is None and words:
-                problem = StageError(f"The checkpoint of step {step} could not be sealed: {words}")
+                    merged = {name: entry for part, _ in parts for name, entry in part.items()}
+                    self._store.commit(step, self._mesh, merged)
+                except (OSError, DamagedCheckpointError) as error:
+                    problem, reason = error, str(error)
+            reason = self._sealing.broadcast(reason)
+            if problem is None and reason:
+                problem = StageError(f"The checkpoint of step {step} could not be sealed: {reason}")
             self._error = problem
-        except Exception as error:  # of the channel: another process died; the main thread raises it
+        except Exception as error:  # a collective failed because another rank died; the main thread raises it
             self._error = error
 
     def wait(self) -> None:
-        """Return when no checkpoint is in flight.
+        """Return when no checkpoint is being sealed.
 
         Raises:
             StageError: it could not be sealed; earlier ones are untouched.
-            OSError: likewise, with its cause in this process.
+            OSError: likewise, with its cause on this rank.
         """
         if self._thread is not None:
             self._thread.join()
@@ -126,7 +127,7 @@ class Saver:
             raise error
 
     def settle(self) -> None:
-        """:meth:`wait` on the way out of an error, which must not be hidden by another."""
+        """Like :meth:`wait`, without raising: for the way out of an error, which another must not hide."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -136,24 +137,24 @@ class Saver:
 def find_newest(
     store: CheckpointStore, at_most: int | None, ranks: Ranks, collectives: Collectives
 ) -> tuple[Checkpoint | None, list[str]]:
-    """:meth:`CheckpointStore.newest`, every process verifying its share of the bytes; all get the same answer.
+    """:meth:`CheckpointStore.newest`, every rank verifying its share of the bytes; all get the same answer.
 
     Args:
         store: the run's checkpoints.
-        at_most: a step to go back behind, as the first process knows it.
+        at_most: newest step that may be taken; the first rank's value counts.
         ranks: this process's place.
-        collectives: the main thread's channel.
+        collectives: of the main thread.
     """
     wanted = [step for step in reversed(store.steps()) if at_most is None or step <= at_most]
     complaints: list[str] = []
     for step in collectives.broadcast(wanted):
         found: Checkpoint | None = None
-        words = ""
+        damage = ""
         try:
             found = store.verify(step, ranks.rank, ranks.world)
-        except (CheckpointError, OSError) as error:
-            words = complaint(error if isinstance(error, CheckpointError) else CheckpointError(str(error)))
-        first = next((text for text in collectives.gather(words) if text), "")
+        except (DamagedCheckpointError, OSError) as error:
+            damage = complaint(error)
+        first = next((text for text in collectives.gather(damage) if text), "")
         if not first:
             return found, complaints
         complaints.append(first)

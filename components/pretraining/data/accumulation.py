@@ -7,7 +7,7 @@ from components.pretraining.config import PretrainConfig
 
 
 def groups_fit(groups: int, world: int) -> bool:
-    """Whether ``world`` processes can share out load-balance groups: several to a process or the other way round."""
+    """Whether ``world`` processes can share load-balance groups: several to a process, or the other way round."""
     return groups % world == 0 or world % groups == 0
 
 

@@ -19,7 +19,7 @@ from model.masks import document_ids
 
 
 class TokenStream(Protocol):
-    """The tokens of one category, wherever they lie; ``components.tokenization.Shard`` is one."""
+    """The tokens of one category, however they are stored; ``components.corpus.shards.Shard`` is one."""
 
     def __len__(self) -> int: ...
 
@@ -51,7 +51,7 @@ class BatchSource:
     """Batches as a pure function of (config, shards, step).
 
     Args:
-        config: the stage's config.
+        config: the recipe's part.
         streams: the training split's tokens by category.
         eos_id: id of ``<|endoftext|>``.
 
@@ -76,7 +76,7 @@ class BatchSource:
         self.order = SequenceOrder(config.seed, self.curriculum, self.mixtures, available)
 
     def sequences(self, step: int) -> Sequences:
-        """What step ``step`` trains on, in the order in which rows are dealt to groups and ranks."""
+        """What step ``step`` trains on, in the order in which rows are assigned to groups and ranks."""
         sequences = self.order.step(step)
         if self._config.load_balance_domains == "mixed":
             return sequences
@@ -93,7 +93,7 @@ class BatchSource:
     def rank_groups(self, step: int, rank: int, world: int) -> list[list[MicroBatch]]:
         """Rank ``rank``'s micro-batches of a step, in order, by load-balance group.
 
-        The global batch is cut into ``load_balance_groups`` equal runs of rows. With more ranks than groups,
+        The global batch is cut into ``load_balance_groups`` equal contiguous slices. With more ranks than groups,
         ``world / groups`` neighbouring ranks share one; with fewer, a rank takes several, one after the other. Within
         a group, micro-step a of its n-th of R ranks takes rows ``[(a * R + n) * m, … + m)``, m being the micro-batch.
         """
@@ -104,13 +104,13 @@ class BatchSource:
         groups = self._config.load_balance_groups
         sharing, taken = max(1, world // groups), max(1, groups // world)
         first_group, place = (rank // sharing, rank % sharing) if taken == 1 else (rank * taken, 0)
-        rows = span.spec.sequences_per_step // groups
+        rows = span.stage.sequences_per_step // groups
         result = []
         for group in range(first_group, first_group + taken):
             starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
             result.append(
                 [
-                    self._micro_batch(sequences, slice(start, start + micro), span.spec.context)
+                    self._micro_batch(sequences, slice(start, start + micro), span.stage.context)
                     for start in starts
                 ]
             )

@@ -8,42 +8,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from components.pretraining.config import CurriculumStage, PretrainConfig
+from components.pretraining.config import PretrainConfig, TrainingStage
 
 
 @dataclass(frozen=True)
-class StageSpan:
-    """A stage's half-open range of optimizer steps ``[start, end)``."""
+class TrainingStageSpan:
+    """A training stage and its half-open range of optimizer steps ``[start, end)``."""
 
     index: int
     name: str
     start: int
     end: int
-    spec: CurriculumStage
+    stage: TrainingStage
 
 
 class Curriculum:
-    """The run's stages laid out on one axis of optimizer steps."""
+    """The run's training stages as consecutive ranges of optimizer steps."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self._optimizer = config.optimizer
-        spans: list[StageSpan] = []
+        spans: list[TrainingStageSpan] = []
         start = 0
-        for index, spec in enumerate(config.stages):
-            spans.append(StageSpan(index, f"stage{index + 1}", start, start + spec.steps, spec))
-            start += spec.steps
+        for index, stage in enumerate(config.stages):
+            spans.append(TrainingStageSpan(index, f"stage{index + 1}", start, start + stage.steps, stage))
+            start += stage.steps
         self.spans = tuple(spans)
         self.total_steps = start
 
-    def at(self, step: int) -> StageSpan:
-        """The stage that optimizer step ``step`` (0-based) belongs to."""
+    def at(self, step: int) -> TrainingStageSpan:
+        """The training stage that optimizer step ``step`` (0-based) belongs to."""
         for span in self.spans:
             if span.start <= step < span.end:
                 return span
         raise IndexError(f"step {step} is outside the run's {self.total_steps} steps")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then one cosine over all stages down to ``final_lr_ratio`` of the peak."""
+        """Linear warm-up, then one cosine over all training stages down to ``final_lr_ratio`` of the peak."""
         part = self._optimizer
         if step < part.warmup_steps:
             return part.peak_lr * (step + 1) / part.warmup_steps
@@ -54,7 +54,7 @@ class Curriculum:
     def tokens_before(self, step: int) -> int:
         """Training tokens consumed by all steps before ``step``."""
         return sum(
-            (min(step, span.end) - span.start) * span.spec.context * span.spec.sequences_per_step
+            (min(step, span.end) - span.start) * span.stage.context * span.stage.sequences_per_step
             for span in self.spans
             if step > span.start
         )

@@ -6,7 +6,7 @@ processes does not enter. Two counter-based pieces make it so:
 - how many sequences of each category a step takes: systematic sampling of the mixture with one Philox draw per
   step, so that counts differ from ``share * batch`` by less than one and are right on average;
 - which windows: the n-th sequence of a category is window ``permutation(n mod W)`` of epoch ``n div W``, where the
-  permutation of the W windows is a keyed Feistel network walked back into range. Every window is seen once per
+  permutation of the W windows is a keyed Feistel network with cycle walking. Every window is seen once per
   epoch and nothing of size W is held in memory. Each epoch shifts all windows by a random part of the tokens that
   are left over at the end.
 """
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from components.artifacts import StageError
 from components.corpus.categories import CATEGORIES
-from components.pretraining.data.curriculum import Curriculum, StageSpan
+from components.pretraining.data.curriculum import Curriculum, TrainingStageSpan
 
 _MASK32 = np.uint64(0xFFFFFFFF)
 _ROUNDS = 6
@@ -76,22 +76,22 @@ class Sequences:
 
 
 def effective_mixture(
-    span: StageSpan, available_tokens: Mapping[str, int], absent_category: str
+    span: TrainingStageSpan, available_tokens: Mapping[str, int], absent_category: str
 ) -> tuple[dict[str, float], list[str]]:
-    """The stage's mixture over categories that the shards hold, and the wanted ones that they lack.
+    """The training stage's mixture over categories that the shards hold, and the wanted ones that they lack.
 
     A category counts as held when it has at least one whole window (``context`` tokens).
 
     Raises:
         StageError: a wanted category is absent and ``absent_category`` is ``error``, or nothing is left.
     """
-    wanted = {name: share for name, share in span.spec.mixture.items() if share > 0}
-    absent = [name for name in wanted if available_tokens.get(name, 0) < span.spec.context]
+    wanted = {name: share for name, share in span.stage.mixture.items() if share > 0}
+    absent = [name for name in wanted if available_tokens.get(name, 0) < span.stage.context]
     if absent and absent_category == "error":
         counts = ", ".join(f"{name} {available_tokens.get(name, 0)}" for name in absent)
         raise StageError(
             f"The mixture of {span.name} wants categories that the shards lack or hold less than one window "
-            f"({span.spec.context} tokens) of: {counts}. Tokenise them, set their share to 0, or set "
+            f"({span.stage.context} tokens) of: {counts}. Tokenise them, set their share to 0, or set "
             "absent_category to renormalise."
         )
     left = {name: share for name, share in wanted.items() if name not in absent}
@@ -108,8 +108,8 @@ class SequenceOrder:
 
     Args:
         seed: seed of the order.
-        curriculum: the run's stages.
-        mixtures: effective mixture of every stage.
+        curriculum: the run's training stages.
+        mixtures: effective mixture of every training stage.
         tokens: tokens that the shards hold, by category.
     """
 
@@ -129,15 +129,15 @@ class SequenceOrder:
             counts = self._counts(span, shares)
             taken = np.zeros((counts.shape[0] + 1, len(CATEGORIES)), dtype=np.int64)
             np.cumsum(counts, axis=0, out=taken[1:])
-            # Stages of equal context share one pass over the windows: go on where the last one stopped.
+            # Training stages of equal context share one epoch: a later one goes on where the earlier one stopped.
             for earlier, table in zip(curriculum.spans, self._cumulative, strict=False):
-                if earlier.spec.context == span.spec.context:
+                if earlier.stage.context == span.stage.context:
                     taken = taken + (table[-1] - table[0])
             self._cumulative.append(taken)
 
-    def _counts(self, span: StageSpan, shares: npt.NDArray[np.float64]) -> Int64s:
+    def _counts(self, span: TrainingStageSpan, shares: npt.NDArray[np.float64]) -> Int64s:
         """Sequences per step and category, ``[steps, categories]``; every row sums to the global batch."""
-        steps, batch = span.spec.steps, span.spec.sequences_per_step
+        steps, batch = span.stage.steps, span.stage.sequences_per_step
         offsets = philox(self._seed, _COUNTS, span.index).random(steps)
         edges = np.concatenate([[0.0], np.cumsum(shares)])
         edges[np.flatnonzero(shares)[-1] + 1 :] = 1.0  # rounding must not leave a sliver without category
@@ -151,7 +151,7 @@ class SequenceOrder:
     def step(self, step: int) -> Sequences:
         """The sequences of optimizer step ``step`` (0-based), the same for every number of processes."""
         span = self._curriculum.at(step)
-        context = span.spec.context
+        context = span.stage.context
         table = self._cumulative[span.index]
         first, last = table[step - span.start], table[step - span.start + 1]
         categories: list[Int64s] = []
@@ -161,7 +161,7 @@ class SequenceOrder:
             if serial.size:
                 categories.append(np.full(serial.size, category, dtype=np.int64))
                 starts.append(self._starts(category, context, serial))
-        order = philox(self._seed, _SHUFFLE, step).permutation(span.spec.sequences_per_step)
+        order = philox(self._seed, _SHUFFLE, step).permutation(span.stage.sequences_per_step)
         return Sequences(np.concatenate(categories)[order], np.concatenate(starts)[order])
 
     def _starts(self, category: int, context: int, serial: Int64s) -> Int64s:

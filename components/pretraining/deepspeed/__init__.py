@@ -1,1 +1,1 @@
-"""All that knows DeepSpeed: engine, experts spread over ranks, master weights, dropped steps."""
+"""Everything that depends on DeepSpeed: engine, expert parallelism, master weights, skipped steps."""

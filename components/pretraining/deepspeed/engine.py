@@ -28,10 +28,10 @@ _UNIVERSAL = {"universal_checkpoint_version": 0.4}
 
 
 def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
-    """DeepSpeed's own config for ``world`` processes at the first stage.
+    """DeepSpeed's own config for ``world`` processes at the first training stage.
 
     Gradients of micro-steps are summed in fp32, but for bf16 with ZeRO-1: there the setting makes DeepSpeed 0.19.8 take
-    another optimizer class, whose checkpoints, norms and dropped steps are not those that this package knows.
+    another optimizer class, for whose checkpoints, gradient norms and skipped steps this package is not written.
     """
     micro = config.micro_batch(0)
     sums = {"grad_accum_dtype": "fp32"} if config.zero_stage >= 2 or precision == "fp32" else {}
@@ -65,7 +65,7 @@ def build_optimizer(model: torch.nn.Module, part: OptimizerPart) -> torch.optim.
 
 
 def _quieten() -> None:
-    """DeepSpeed reports each step of its set-up at INFO; keep what concerns the user."""
+    """DeepSpeed logs each step of its set-up at INFO; only warnings concern the user."""
     from deepspeed.utils import logger  # type: ignore[import-untyped]
 
     logger.setLevel(logging.WARNING)
@@ -86,7 +86,7 @@ def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks:
 
     model.balance = LoadBalance(_balance_group(config, ranks))
     if config.activation_checkpointing:
-        # Nothing in a layer is random, so no generator's state has to be kept for the recomputation.
+        # Nothing in a layer is random, so no RNG state has to be kept for the recomputation.
         keep = {"use_reentrant": False, "preserve_rng_state": False}
         model.activation_checkpointing_enable(keep, config.recompute_every)
     if config.compile_layers:
@@ -109,7 +109,7 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
     import deepspeed  # type: ignore[import-untyped]
 
     _quieten()
-    # The shared-memory operator serves inference only and costs a minute of g++ at first use: gloo does without.
+    # DeepSpeed's shared-memory collectives serve inference only and cost a minute of g++ at first use; gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     prepare_model(model, config, ranks)
     engine, *_ = deepspeed.initialize(
@@ -138,8 +138,8 @@ def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | 
     return mine
 
 
-def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
-    """Give the engine a stage's batch size and the model its RoPE base."""
+def enter_training_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
+    """Set the batch size of the engine and the RoPE base of the model to those of a training stage (0-based)."""
     micro = config.micro_batch(stage)
     accumulation_steps(config, stage, world)
     engine.set_train_micro_batch_size(micro)
@@ -148,8 +148,8 @@ def enter_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> 
 
 
 def save_engine(engine: Any, folder: Path, state: dict[str, Any]) -> None:
-    """Write weights, optimizer and ``state`` into ``folder`` (every rank takes part)."""
-    # DeepSpeed's converter asks for it; it says that no parameter needs a rule of its own.
+    """Write weights, optimizer and ``state`` into ``folder`` (a collective)."""
+    # DeepSpeed's converter needs it; ours says that no parameter has a partitioning rule of its own.
     engine.module.universal_checkpoint_info = _UNIVERSAL
     engine.save_checkpoint(
         str(folder.parent), tag=folder.name, client_state={"trainer": state}, save_latest=False

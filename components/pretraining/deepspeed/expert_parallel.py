@@ -1,7 +1,7 @@
-"""Experts spread over processes: ``shard_experts(model, ranks)``, before the engine is built.
+"""Expert parallelism: ``shard_experts(model, ranks)``, before the engine is built.
 
 Each rank of an expert-parallel group holds ``E / size`` experts of every layer and computes them for the tokens of the
-whole group. Token-expert rows travel by all-to-all in exact sizes: no capacity, no padding, no dropped token. The
+whole group. Token-expert rows go through all-to-alls of exact sizes: no capacity factor, padding or dropped token. The
 router stays in the model, since it reads the layer's raw input. Groups, all-to-all, gradient reduction and checkpoints
 are those of DeepSpeed 0.19.8's AutoEP, which knows its layers by their class and their weights by the names
 ``experts.w1``, ``w2`` and ``w3``. Importing this module imports DeepSpeed, which takes ten seconds.
@@ -68,7 +68,7 @@ class LocalExperts(Experts):
 
 
 class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
-    """Stands in for ``model.experts.Experts``; the ranks of a group call it together, equally often.
+    """Stands in for ``model.experts.Experts``; its forward is a collective of the group's ranks.
 
     Args:
         whole: the layer's experts (may lie on the meta device); this rank's part is copied.
@@ -95,7 +95,7 @@ class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
             self._mark(parameter)
 
     def _mark(self, parameter: nn.Parameter) -> None:
-        """Say where gradients are reduced and ZeRO partitions, and how a universal checkpoint joins the parts."""
+        """Tell DeepSpeed over which group to reduce and partition, and how a universal checkpoint merges the shards."""
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         marks = {
@@ -125,20 +125,20 @@ class ExpertParallelExperts(AutoEPMoELayer):  # type: ignore[misc]
             tokens, as it is without expert parallelism.
         """
         top_k = experts_TK.shape[1]
-        # Two bins per expert, for valid tokens and for padding, so that the exchange of counts says both.
+        # Two bins per expert, for valid tokens and for padding, so that one exchange of counts gives both.
         bins_R = 2 * experts_TK.reshape(-1)
         if valid_T is not None:
             bins_R = bins_R + (~valid_T).to(bins_R.dtype).repeat_interleave(top_k)
         order_R = torch.sort(bins_R, stable=True).indices
         tokens_R = torch.div(order_R, top_k, rounding_mode="floor")
         local = self.num_local_experts
-        plan = compute_split_plan(bins_R, 2 * self.num_experts, self.ep_size, 2 * local, self.ep_group)
-        sent, received = plan.input_splits, plan.output_splits
+        splits = compute_split_plan(bins_R, 2 * self.num_experts, self.ep_size, 2 * local, self.ep_group)
+        sent, received = splits.input_splits, splits.output_splits
         m_SD = _AllToAllV.apply(self.ep_group, m_TD.index_select(0, tokens_R), sent, received)
         bins_S = (
             torch.arange(2 * local, device=m_TD.device)
             .repeat(self.ep_size)
-            .repeat_interleave(plan.local_counts_by_source.reshape(-1), output_size=sum(received))
+            .repeat_interleave(splits.local_counts_by_source.reshape(-1), output_size=sum(received))
         )
         experts_S = torch.div(bins_S, 2, rounding_mode="floor")
         ones_S1 = m_SD.new_ones(m_SD.shape[0], 1)

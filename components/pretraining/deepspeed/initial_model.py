@@ -1,7 +1,7 @@
 """A fresh model, built on the device tensor by tensor: ``initial_model(config, architecture, ranks)``.
 
-The model is laid out on the meta device, then each parameter is drawn straight into its place in the working dtype,
-only this rank's experts, so that the host never holds more than a piece of one tensor beside the model. Every value
+The model is built on the meta device, then each parameter is drawn on the device in the working dtype, of the experts
+only this rank's, so that the host never holds more than a piece of one tensor beside the model. Every value
 is a pure function of (seed, parameter, global index of the expert): the same on every mesh.
 """
 
@@ -18,7 +18,7 @@ from components.pretraining.deepspeed.parameter_names import official_parameter
 from components.pretraining.processes.ranks import ALONE, Ranks
 from model import SmallThinkerConfig, SmallThinkerForCausalLM
 
-_PIECE_ELEMENTS = 1 << 24  # drawn at once on the host: 64 MiB
+_PIECE_ELEMENTS = 1 << 24  # drawn at a time on the host: 64 MiB
 
 
 def _draw(target: Tensor, std: float, key: str) -> None:

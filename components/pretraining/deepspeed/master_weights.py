@@ -1,8 +1,8 @@
 """The optimizer's fp32 weights on the first rank, one tensor at a time: ``MasterWeights(...).read(entry)``.
 
 ZeRO partitions a parameter's master weights over the ranks that hold it, and expert parallelism the experts over
-ranks. Once, all ranks tell each other which pieces they hold; from then on a tensor costs its bytes sent to the first
-rank, and no rank ever holds more of the model than before, beside that one tensor.
+ranks. One all-gather says which rank holds which pieces; from then on a tensor costs its bytes sent to the first rank,
+and no rank ever holds more of the model than before, beside that one tensor.
 """
 
 # mypy: allow-untyped-calls
@@ -26,7 +26,7 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 
 class MasterWeights:
-    """All ranks create it together and then call :meth:`read` with the same tensors in the same order.
+    """Both creating it and :meth:`read` are collectives: all ranks read the same tensors in the same order.
 
     Args:
         engine: the DeepSpeed engine.
@@ -53,7 +53,7 @@ class MasterWeights:
         self._held: list[dict[str, tuple[int, int]]] = [held]
         self._group = None
         if ranks.world > 1:
-            # Between hosts: NCCL would set up a channel with buffers on the GPU from the first rank to every other.
+            # Gloo moves host memory; NCCL would allocate GPU buffers for a channel from the first rank to every other.
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
             self._held = [{} for _ in range(ranks.world)]
             dist.all_gather_object(self._held, held, group=self._group)
@@ -95,7 +95,7 @@ class MasterWeights:
         return 2 * self._config.moe_ffn_hidden_size * width, entry.rows.start * width
 
     def take_part(self, architecture: SmallThinkerConfig) -> None:
-        """What the other ranks do while the first one is in :func:`export_model`: read every tensor in order."""
+        """The other ranks' side of :func:`export_model`: read every tensor in order, as the first rank does."""
         for entry in official_layout(architecture):
             self.read(entry)
 

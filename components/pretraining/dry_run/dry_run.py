@@ -2,11 +2,11 @@
 
 Runs the trainer's own micro-step, backward pass and optimizer of one process over fake CUDA tensors, which have a
 shape, a dtype and a device and no memory: the branches for CUDA are taken, their operators' checks apply, and whatever
-would make the host wait for the GPU is an error or listed. Says what the step would allocate, and a lower bound of its
-time.
+would synchronise the host with the GPU is an error or listed. Says what the step would allocate, and a lower bound of
+its time.
 
 What stands in: DeepSpeed's engine (``FakeEngine`` allocates what its ZeRO 1 and 2 do; there are no collectives) and
-Inductor (``fused_regions``; graphs are captured as for it). No kernel runs, so no number comes out right or wrong.
+Inductor (``fused_regions``; graphs are captured as for it). No kernel runs, so nothing is said about values.
 Also called by ``python -m components.pretraining.studies.benchmark --dry-run``.
 """
 
@@ -182,7 +182,7 @@ def dry_run(
     """Run ``micro_steps`` micro-steps and an optimizer step over fake tensors; only after ``load_fake_cuda()``.
 
     Args:
-        config: the recipe's part; its first stage is run, with one process's micro-batch.
+        config: the recipe's part; its first training stage is run, with one process's micro-batch.
         processes: that share the optimizer's state.
         peak_tflops: of the GPU, dense bf16.
         bandwidth_tbs: of its memory in TB/s.

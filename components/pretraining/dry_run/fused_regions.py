@@ -63,7 +63,7 @@ def written_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 class _Region(fx.Interpreter):
-    """Runs one captured graph and puts its kernels on the ledger."""
+    """Runs one captured graph and records its kernels in the ledger."""
 
     def __init__(self, graph_module: fx.GraphModule, ledger: StepLedger, backward: bool) -> None:
         super().__init__(graph_module)
@@ -112,7 +112,7 @@ class _Region(fx.Interpreter):
 
 
 def region_backend(ledger: StepLedger) -> Callable[..., Any]:
-    """A backend for ``torch.compile`` that runs captured graphs on the account of ``ledger``.
+    """A backend for ``torch.compile`` that runs captured graphs and adds their cost to ``ledger``.
 
     ``ledger.graphs`` counts the captured graphs: how often something was compiled.
     """

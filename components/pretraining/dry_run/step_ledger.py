@@ -172,7 +172,7 @@ class StepLedger(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Dynamo traces below it: captured graphs are put on the account by ``fused_regions``."""
+        """Dynamo traces below it: captured graphs are counted by ``fused_regions``."""
         return True
 
     def __init__(self, peak_flops: float, bandwidth: float, device_type: str = "cuda") -> None:
@@ -194,10 +194,10 @@ class StepLedger(TorchDispatchMode):
         self._suspended = False
         self._handles: list[Any] = []
 
-    # --- who is running -------------------------------------------------------------------------------------------
+    # --- what is running -------------------------------------------------------------------------------------------
 
     def watch(self, model: SmallThinkerForCausalLM) -> None:
-        """Tell the modules of ``model`` apart, once those to be compiled are: hooks in them would be compiled too."""
+        """Attribute costs to the modules of ``model``. Call it after compiling, or the hooks would be compiled too."""
         from model.attention import Attention
         from model.experts import Experts, Router
         from model.modeling import SmallThinkerDecoderLayer
@@ -263,7 +263,7 @@ class StepLedger(TorchDispatchMode):
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """What runs within costs nothing, and its results are not counted: they stay in registers."""
+        """What runs within costs nothing, and its results are not allocated: a fused kernel keeps them in registers."""
         before, self._suspended = self._suspended, True
         try:
             yield
@@ -317,15 +317,15 @@ class StepLedger(TorchDispatchMode):
     # --- operators --------------------------------------------------------------------------------------------------
 
     def charge(self, name: str, flops: float, moved_bytes: float) -> None:
-        """Put one kernel on the account of what runs now."""
+        """Add one kernel to the cost of what runs now."""
         part, phase, _ = self.running()
         if part == "router and dispatch" and name == "_grouped_mm":
             part = "expert products"
         bound_s = max(flops / self._peak_flops, moved_bytes / self._bandwidth)
         self.costs[part, phase, name] += Cost(flops, moved_bytes, bound_s, 1)
 
-    def _notice_wait(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        """A copy between host and device that the host waits for."""
+    def _note_synchronisation(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """List a synchronising copy between host and device."""
         if name not in ("_to_copy", "copy_"):
             return
         source = args[1] if name == "copy_" else args[0]
@@ -350,7 +350,7 @@ class StepLedger(TorchDispatchMode):
         results = tensors_in(out)
         if not any(t.device.type == self._device_type for t in results or tensors_in((args, kwargs))):
             return out
-        self._notice_wait(name, args, kwargs, out)
+        self._note_synchronisation(name, args, kwargs, out)
         moved_bytes = 0.0 if packet is not None and func.is_view else operator_bytes(name, args, kwargs, out)
         window = self.running()[2]
         if moved_bytes:
@@ -359,7 +359,7 @@ class StepLedger(TorchDispatchMode):
         return out
 
     def _record(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        """``components.pretraining.studies.profiling.part`` around what follows, or its end."""
+        """``components.pretraining.training.step_parts.part`` around what follows, or its end."""
         if "enter" in name:
             label = args[0]
             outer = self._parts[-1] if self._parts else "rest"

@@ -1,1 +1,1 @@
-"""The processes of a run: their ranks, what they tell one another, and signals."""
+"""The processes of a run: ranks and mesh, collectives outside training steps, and signals."""

@@ -1,7 +1,7 @@
-"""What the processes of a run tell one another outside training steps: ``Collectives(ranks).broadcast(value)``.
+"""Collectives of Python objects outside training steps: ``Collectives(ranks).broadcast(value)``.
 
-Over gloo and with a patience of hours, also where training uses NCCL: a process may hash or convert hundreds of
-gigabytes while the others wait, and NCCL's watchdog ends a run after ten minutes of that.
+Over gloo and with a timeout of hours, also where training uses NCCL: a rank may hash or convert hundreds of gigabytes
+while the others wait, and NCCL's watchdog ends a run after ten minutes of that.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch.distributed as dist
 
 from components.pretraining.processes.ranks import Ranks
 
-_PATIENCE = timedelta(hours=6)
+_TIMEOUT = timedelta(hours=6)
 _Value = TypeVar("_Value")
 
 
 class Collectives:
-    """One channel between all processes; every process makes the same calls in the same order.
+    """A process group of all ranks; every rank makes the same calls in the same order.
 
-    A channel belongs to one thread: work in the background needs a channel of its own.
+    A group belongs to one thread: a background thread needs one of its own, or its calls would interleave.
     """
 
     def __init__(self, ranks: Ranks) -> None:
-        """All processes create their channels together, in the same order."""
+        """A collective: all ranks create their groups in the same order."""
         self._ranks = ranks
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if ranks.world > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if ranks.world > 1 else None
 
     def broadcast(self, value: _Value) -> _Value:
-        """The first process's value, on all."""
+        """The first rank's value, on every rank."""
         if self._group is None:
             return value
         values = [value]
@@ -37,7 +37,7 @@ class Collectives:
         return values[0]
 
     def gather(self, value: _Value) -> list[_Value]:
-        """Everyone's value in the order of the processes, on all."""
+        """All-gather: every rank's value in the order of ranks, on every rank."""
         if self._group is None:
             return [value]
         values: list[_Value] = [value] * self._ranks.world
@@ -45,6 +45,6 @@ class Collectives:
         return values
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every rank has called this."""
         if self._group is not None:
             dist.barrier(group=self._group)

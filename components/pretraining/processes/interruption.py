@@ -1,4 +1,4 @@
-"""Signals that end a run politely: ``with Interruption.watching() as interruption``.
+"""Graceful shutdown on signals: ``with Interruption.watching() as interruption``.
 
 SIGTERM (a scheduler's warning, a user's ``kill``) and SIGINT only set a flag; the loop saves and stops between two
 steps. Slurm can send its warning early with ``--signal=TERM@120``.
@@ -46,8 +46,8 @@ class Interruption:
         self.requested = True
         self.name = signal.Signals(number).name
 
-    def agreed(self, ranks: Ranks) -> bool:
-        """Whether any process of the run was asked to stop; all processes get the same answer."""
+    def requested_on_any(self, ranks: Ranks) -> bool:
+        """Whether any rank was asked to stop: an all-reduce, so that all ranks stop after the same step."""
         if ranks.world == 1:
             return self.requested
         flag = torch.tensor([int(self.requested)], device=ranks.device)

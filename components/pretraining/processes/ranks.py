@@ -23,14 +23,14 @@ from components.weights.devices import choose_device
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process's place, and how all of them divide a run's work and state.
+    """One process's place in the mesh, and how the ranks partition a run's work and state.
 
     Attributes:
         rank, world: of the process group.
         device: that this process drives.
         precision: of weights and activations, ``fp32`` or ``bf16``.
         expert_parallel: ranks that share one copy of the experts.
-        zero_stage: how far DeepSpeed divides optimizer state and gradients.
+        zero_stage: what DeepSpeed partitions: 1 the optimizer's state, 2 the gradients too.
     """
 
     rank: int = 0
@@ -61,7 +61,7 @@ class Ranks:
         return range(self.expert_rank * local, (self.expert_rank + 1) * local)
 
     def check_experts(self, experts: int) -> None:
-        """Refuse a mesh that cannot be.
+        """Refuse an impossible mesh.
 
         Raises:
             StageError: ``expert_parallel`` does not divide the processes or the experts.
@@ -74,8 +74,8 @@ class Ranks:
                     f"{count}, so it can be {allowed}."
                 )
 
-    def division(self) -> dict[str, Any]:
-        """What decides which part of the state a process holds, as checkpoints say it: the same for all ranks."""
+    def mesh(self) -> dict[str, Any]:
+        """What decides how the state is partitioned, as checkpoints record it: the same on all ranks."""
         return {
             "processes": self.world,
             "expert_parallel": self.expert_parallel,
@@ -88,16 +88,16 @@ ALONE = Ranks()
 """A run of one process, on the CPU in fp32."""
 
 
-def describe_division(division: Mapping[str, Any]) -> str:
-    """A checkpoint's :meth:`Ranks.division` in words."""
+def describe_mesh(mesh: Mapping[str, Any]) -> str:
+    """A checkpoint's :meth:`Ranks.mesh` in words."""
     return (
-        f"{division['processes']} processes (expert_parallel {division['expert_parallel']}, "
-        f"ZeRO {division['zero_stage']}, {division['precision']})"
+        f"{mesh['processes']} processes (expert_parallel {mesh['expert_parallel']}, "
+        f"ZeRO {mesh['zero_stage']}, {mesh['precision']})"
     )
 
 
 def choose_precision(config: PretrainConfig, device: str) -> str:
-    """``bf16`` or ``fp32``; ``auto`` takes bf16 where there are instructions for it, since others emulate it."""
+    """``bf16`` or ``fp32``; ``auto`` takes bf16 where the hardware has instructions for it and need not emulate it."""
     if config.precision != "auto":
         return config.precision
     if device == "cuda":
@@ -123,7 +123,7 @@ def join_processes(config: PretrainConfig) -> Ranks:
     if not dist.is_initialized():
         backend = "nccl" if kind == "cuda" else "gloo"
         if world == 1:
-            # A store in memory: no port, no host name, nothing that a laptop without network could lack.
+            # An in-memory store needs no port and no host name, which a laptop without network may lack.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:

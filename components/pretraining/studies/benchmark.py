@@ -2,7 +2,7 @@
 
 Measures the trainer's own step on random tokens, with real and with forced balanced routing, beside a plain PyTorch
 loop of the same model in the same run, taking turns; then profiles one step by part. Model FLOPs utilisation counts 6
-FLOPs per active weight and PaLM's attention term (``flops.py``); recomputation does not count.
+FLOPs per active weight and PaLM's attention term (``model/accounting.py``); recomputation does not count.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Ours:
 
     def __init__(self, config: PretrainConfig) -> None:
         from components.pretraining.architecture import model_config
-        from components.pretraining.deepspeed.engine import build_engine, enter_stage
+        from components.pretraining.deepspeed.engine import build_engine, enter_training_stage
         from components.pretraining.deepspeed.initial_model import initial_model
         from components.pretraining.processes.ranks import join_processes
         from components.pretraining.training.training_step import TrainingStep
@@ -82,7 +82,7 @@ class Ours:
         )
         model = initial_model(config, self.architecture, self.ranks)
         self._engine = build_engine(model, config, self.ranks)
-        enter_stage(self._engine, config, 0, self.ranks.world)
+        enter_training_stage(self._engine, config, 0, self.ranks.world)
         self._step = TrainingStep(self._engine, config, self.source, self.ranks)
 
     @property

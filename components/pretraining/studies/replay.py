@@ -95,7 +95,7 @@ class Replay:
                 "keep_checkpoints decides how many are kept."
             )
         architecture = model_config(self.config, shards)
-        architecture.rope_theta = self._span.spec.rope_theta
+        architecture.rope_theta = self._span.stage.rope_theta
         with torch.device("meta"):
             self.model = SmallThinkerForCausalLM(architecture)
         self._load(self.checkpoint)

@@ -60,7 +60,7 @@ def specialisation_bits(by_category: Mapping[str, Sequence[Sequence[float]]]) ->
 
 
 def variant_config(values: Mapping[str, Any], tokens: int, coefficient: float) -> PretrainConfig:
-    """The nano recipe with ``tokens`` tokens in three equal stages of one mixture, and a variant's own values."""
+    """The nano recipe on ``tokens`` tokens in three equal training stages of one mixture, with a variant's values."""
     nano = pretrain_config_nano()
     stage = {
         **nano.stages[1].model_dump(),

@@ -1,1 +1,1 @@
-"""The training loop: ``training/trainer.py`` tells it from beginning to end."""
+"""The training loop: ``trainer.py`` tells it from beginning to end."""

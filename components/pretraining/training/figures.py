@@ -17,7 +17,7 @@ from components.pretraining.data.curriculum import Curriculum
 
 
 def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
-    """Training loss, in total and by category, over steps, with stage boundaries and the learning rate below."""
+    """Training loss, in total and by category, with the training stages' boundaries, and the learning rate below."""
     lines = [json.loads(text) for text in metrics_path.read_text().splitlines()]
     training = [line for line in lines if TRAIN_KEY in line["metrics"]]
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -40,7 +40,7 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
         for span in curriculum.spans[1:]:
             axes.axvline(span.start, color="grey", linewidth=0.8, linestyle="--")
     for span in curriculum.spans:
-        label = f"{span.name}\ncontext {span.spec.context}, RoPE base {span.spec.rope_theta:.2g}"
+        label = f"{span.name}\ncontext {span.stage.context}, RoPE base {span.stage.rope_theta:.2g}"
         upper.annotate(
             label,
             ((span.start + span.end) / 2, 1.01),
@@ -52,7 +52,7 @@ def draw_loss(metrics_path: Path, curriculum: Curriculum, out: Path) -> None:
 
 
 def draw_bits_per_byte(heldout: Mapping[str, Any], names: Sequence[str], out: Path) -> None:
-    """Held-out bits per byte by category after each stage, beside the bigram baseline."""
+    """Held-out bits per byte by category after each training stage, beside the bigram baseline."""
     columns = [name for name in (*CATEGORIES, "overall") if name in heldout["bigram"]]
     series = [*((name, heldout[name]) for name in names), ("bigram baseline", heldout["bigram"])]
     figure = Figure(figsize=(9, 4.2), layout="constrained")

@@ -1,7 +1,7 @@
 """Judges every step before the optimizer acts on it: ``LossGuard(ratio, "stop").judge(loss, grad_norm)``.
 
-A loss or gradient norm that is not finite, or a loss far above the recent median, ends the run or drops that step's
-gradients. All processes judge the same pooled values, so that they decide alike, and the state goes into checkpoints,
+A non-finite loss or gradient norm, or a loss far above the recent median, ends the run or drops that step's
+gradients. All ranks judge the same all-reduced values, so that they decide alike, and the state goes into checkpoints,
 so that a resumed run does too.
 """
 
@@ -18,7 +18,7 @@ SKIPPED_NAME = "skipped_steps.json"
 
 
 class LossGuard:
-    """Stops a run, or drops steps, when the loss is not finite or jumps.
+    """Stops a run, or skips steps, when the loss is non-finite or spikes.
 
     Args:
         ratio: a loss above this multiple of the recent median is a spike.
@@ -44,7 +44,7 @@ class LossGuard:
 
         Args:
             loss: mean over the global batch, in nats.
-            grad_norm: global norm of the averaged gradients before clipping; not finite when one of them is not.
+            grad_norm: global norm of the averaged gradients before clipping; non-finite when one of them is.
         """
         if not math.isfinite(loss):
             return f"the loss is {loss}"

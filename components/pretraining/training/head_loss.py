@@ -1,9 +1,9 @@
 """Next-token loss with the output matrix inside: ``mean, losses_BT = fused_token_losses(x, head, labels, 4096)``.
 
-With 151,936 words the logits of a micro-batch are larger than all its other activations. They are computed for some
-positions at a time, and their gradient in the same pass, so that nothing of size positions x words is kept and no
-product is done twice (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, in plain torch; what lies
-between the products is compiled into one kernel on GPUs).
+With a vocabulary of 151,936 the logits of a micro-batch are larger than all its other activations. They are computed
+for some positions at a time, and their gradient in the same pass, so that nothing of size positions x vocabulary is
+kept and no product is done twice (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, in plain torch;
+what lies between the products is compiled into one kernel on GPUs).
 
 Legend: B sequences, T tokens, D model, V vocabulary, R = B * (T - 1) predictions, r some of them.
 """

@@ -1,6 +1,6 @@
-"""What a training step measures, pooled over micro-steps and ranks: ``StepMeter`` fills, ``Interval`` averages.
+"""Metrics of a training step, summed over micro-steps and ranks: ``StepMeter`` fills, ``Interval`` averages.
 
-All sums lie in one float64 vector, so that pooling over the ranks is one all-reduce per step and the interval's
+All sums lie in one float64 vector, so that a step needs one all-reduce and the interval's
 state is plain JSON, saved with each checkpoint: a resumed run logs the same averages.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Layout:
-    """Where each figure lies in the vector of sums."""
+    """Where each metric lies in the vector of sums."""
 
     def __init__(self, layers: int, experts: int, top_k: int, expert_hidden: int) -> None:
         self.layers, self.experts, self.top_k, self.expert_hidden = layers, experts, top_k, expert_hidden
@@ -65,7 +65,7 @@ class Layout:
 
 
 class RouterEntropy:
-    """Mean entropy of the routers' softmax over all experts, as a share of ln E, caught by forward hooks.
+    """Mean entropy of the routers' softmax over all experts, as a share of ln E, computed in forward hooks.
 
     1 means that the router does not discriminate at all, 0 that it is always certain.
     """
@@ -95,7 +95,7 @@ class RouterEntropy:
 
 
 class StepMeter:
-    """Collects one optimizer step's figures."""
+    """Accumulates one optimizer step's metrics."""
 
     def __init__(self, layout: Layout, ranks: Ranks) -> None:
         self._layout, self._ranks = layout, ranks
@@ -132,7 +132,7 @@ class StepMeter:
         self._sums[self._layout.slices["group_load_max"]] += loads_LE.max(dim=1).values * self._layout.experts
 
     def pooled(self) -> Tensor:
-        """The step's sums over all ranks, float64 on the CPU; every rank gets the same."""
+        """The step's sums over all ranks (an all-reduce), float64 on the CPU; every rank gets the same."""
         if self._ranks.world > 1:
             dist.all_reduce(self._sums)
         return self._sums.cpu()
@@ -162,7 +162,7 @@ class Interval:
         self._steps, self._skipped = 0, 0
 
     def skip(self) -> None:
-        """A step's gradients were dropped: it counts, and its figures do not."""
+        """A step was skipped: it is counted, and its metrics are left out of the averages."""
         self._skipped += 1
 
     def add(self, pooled: Tensor, grad_norm: float) -> None:

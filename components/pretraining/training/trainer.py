@@ -1,8 +1,8 @@
-"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three stages.
+"""The training loop: ``Trainer(context, config, ranks).train()`` runs or resumes the three training stages.
 
-Order of events in a stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes before
-evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages since
-the last log line): data order, learning rate and mixture follow from the step.
+Order of events in a training stage: evaluate at its start, train, save at its end, evaluate, export. Saving comes
+before evaluating, so that a crash in an evaluation costs no training. All state is (weights, optimizer, step, averages
+since the last log line): data order, learning rate and mixture follow from the step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from components.artifacts import METRICS_NAME, StageContext, StageError
+from components.artifacts import METRICS_NAME, StageContext, StageError, fsync_path
 from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
@@ -26,20 +26,19 @@ from components.pretraining.checkpoints.progress import (
     align_metrics,
     describe_run,
     evaluation_metrics,
-    flush_to_disk,
 )
 from components.pretraining.checkpoints.resharding import load_universal, universal
 from components.pretraining.checkpoints.saving import Saver, find_newest
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import BatchSource
-from components.pretraining.data.curriculum import StageSpan
-from components.pretraining.deepspeed.engine import build_engine, enter_stage, load_engine
+from components.pretraining.data.curriculum import TrainingStageSpan
+from components.pretraining.deepspeed.engine import build_engine, enter_training_stage, load_engine
 from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_step
 from components.pretraining.deepspeed.initial_model import initial_model
 from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
 from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.interruption import Interruption
-from components.pretraining.processes.ranks import Ranks, describe_division
+from components.pretraining.processes.ranks import Ranks, describe_mesh
 from components.pretraining.training.guard import LossGuard
 from components.pretraining.training.telemetry import Interval
 from components.pretraining.training.training_step import TrainingStep
@@ -48,14 +47,14 @@ from model.accounting import training_flops_per_token
 
 
 class TrainingInterrupted(StageError):
-    """A signal asked the run to stop; it saved a checkpoint and the same command goes on from there."""
+    """A signal asked the run to stop; it saved a checkpoint, from which the same command resumes."""
 
 
 class Trainer:
     """One process's part in a run.
 
     Args:
-        context: the stage's context; only the first rank writes through it.
+        context: the pipeline stage's context; only the first rank writes through it.
         config: the parsed config.
         ranks: this process's place.
         interruption: set by signals.
@@ -93,13 +92,13 @@ class Trainer:
         self._interval = Interval(self._training.layout)
         self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
         self._collectives = Collectives(ranks)
-        self._saver = Saver(self._store, ranks, ranks.division(), config.seal_in_background)
+        self._saver = Saver(self._store, ranks, ranks.mesh(), config.seal_in_background)
         self._step = 0
 
     # ---------------------------------------------------------------- resuming
 
     def _first_unfinished_end(self) -> int | None:
-        """A checkpoint beyond this step would skip an evaluation or an export that is missing."""
+        """End of the first training stage without evaluation or export; no later checkpoint may be resumed from."""
         for span in self._curriculum.spans:
             finished = f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()
             if not finished:
@@ -116,21 +115,21 @@ class Trainer:
             for complaint in complaints:
                 self._context.note(complaint)
             self._store.discard_after(step)
-            # A damaged checkpoint leads back behind a stage's end: its evaluation and export are made again.
+            # A damaged checkpoint may lead back before a training stage's end: its evaluation and export are redone.
             for span in self._curriculum.spans:
                 if span.end > step:
                     shutil.rmtree(self._context.out / span.name, ignore_errors=True)
             align_metrics(self._metrics_path, step, self._record)
         self._record.forget_after(step)
         if checkpoint is not None:
-            if checkpoint.mesh == self._ranks.division():
+            if checkpoint.mesh == self._ranks.mesh():
                 state = load_engine(self._engine, checkpoint.path)
             else:
                 converted = universal(self._store, checkpoint, self._ranks, self._collectives)
                 state = load_universal(self._engine, converted)
                 self._note_once(
-                    f"Carried the checkpoint of step {step} over from {describe_division(checkpoint.mesh)} to "
-                    f"{describe_division(self._ranks.division())}."
+                    f"Carried the checkpoint of step {step} over from {describe_mesh(checkpoint.mesh)} to "
+                    f"{describe_mesh(self._ranks.mesh())}."
                 )
             self._step = int(state["step"])
             self._interval.load_state(state["interval"])
@@ -141,8 +140,8 @@ class Trainer:
             describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
 
     def _save(self) -> None:
-        if self._ranks.is_first:
-            flush_to_disk(self._metrics_path)
+        if self._ranks.is_first and self._metrics_path.exists():
+            fsync_path(self._metrics_path)  # no checkpoint may be newer than the metrics that lead to it
         state = {
             "step": self._step,
             "interval": self._interval.to_state(),
@@ -175,9 +174,9 @@ class Trainer:
         bar.set_postfix(loss=f"{gradients.loss:.3f}", refresh=False)
         return gradients.waited_s
 
-    def _train_stage(self, span: StageSpan) -> None:
-        enter_stage(self._engine, self._config, span.index, self._ranks.world)
-        flops = training_flops_per_token(self._architecture, span.spec.context)
+    def _run_training_stage(self, span: TrainingStageSpan) -> None:
+        enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
+        flops = training_flops_per_token(self._architecture, span.stage.context)
         began, waited_s, since = time.perf_counter(), 0.0, self._step
         bar = tqdm(
             total=span.end - span.start,
@@ -193,10 +192,10 @@ class Trainer:
                 waited_s += self._train_step(bar)
                 if self._step % self._config.log_every_steps == 0 or self._step == span.end:
                     elapsed = time.perf_counter() - began
-                    tokens = (self._step - since) * span.spec.context * span.spec.sequences_per_step
+                    tokens = (self._step - since) * span.stage.context * span.stage.sequences_per_step
                     self._log_interval(tokens, elapsed, waited_s, flops)
                     began, waited_s, since = time.perf_counter(), 0.0, self._step
-                stop = self._interruption.agreed(self._ranks)
+                stop = self._interruption.requested_on_any(self._ranks)
                 if stop or self._step == span.end or self._step % self._config.checkpoint_every_steps == 0:
                     self._save()
                 if stop:
@@ -229,41 +228,41 @@ class Trainer:
 
     # ---------------------------------------------------------------- evaluation and export
 
-    def _evaluate(self, span: StageSpan, moment: str) -> None:
+    def _evaluate(self, span: TrainingStageSpan, moment: str) -> None:
         name = f"{span.name}:{moment}"
         if name in self._record:
             return
-        enter_stage(self._engine, self._config, span.index, self._ranks.world)
+        enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
         scores = self._heldout.evaluate(
             self._engine.module,
-            span.spec.context,
+            span.stage.context,
             self._ranks.device,
-            # Several ranks must stop together, hence only after the evaluation.
+            # Several ranks must stop at the same point, hence only after the evaluation.
             should_stop=lambda: self._interruption.requested and self._ranks.world == 1,
             rank=self._ranks.rank,
             world=self._ranks.world,
         )
-        if self._interruption.agreed(self._ranks) or scores is None:
+        if self._interruption.requested_on_any(self._ranks) or scores is None:
             self._stop_now()
             return
-        self._saver.wait()  # no evaluation is on record before the weights it measured are safe
+        self._saver.wait()  # no evaluation is recorded before the checkpoint that it measured is on disk
         if self._ranks.is_first:
-            entry = {"step": self._step, "context": span.spec.context, **scores.to_json()}
+            entry = {"step": self._step, "context": span.stage.context, **scores.to_json()}
             self._record.put(name, entry)
             self._context.log_metrics(evaluation_metrics(name, entry), self._step)
         else:
             self._record.values[name] = {}
         self._collectives.barrier()
 
-    def _export(self, span: StageSpan) -> None:
-        """Write the stage's model as a Hugging Face folder that appears by one rename."""
+    def _export(self, span: TrainingStageSpan) -> None:
+        """Write the training stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
         if self._collectives.broadcast(target.is_dir()):
             return
         dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
         weights = MasterWeights(self._engine, self._ranks, dtype)
         architecture = copy.deepcopy(self._architecture)
-        architecture.rope_theta = span.spec.rope_theta
+        architecture.rope_theta = span.stage.rope_theta
         if self._ranks.is_first:
             draft = self._context.scratch / f"export-{span.name}"
             shutil.rmtree(draft, ignore_errors=True)
@@ -295,11 +294,11 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: a signal came; a checkpoint is saved.
-            StageError: the loss is not finite or jumped.
+            StageError: the loss is non-finite or spiked.
         """
         # 1) Say what a reviewer should know: how it runs, and what the data lack.
         self._note_setting()
-        # 2) Go on from the newest whole checkpoint; what is later than it on disk is dropped.
+        # 2) Resume from the newest whole checkpoint; what is later than it on disk is dropped.
         self._resume()
         # 3) The bigram baseline: counted once, whatever happens to the run.
         self._fit_baseline()
@@ -309,11 +308,11 @@ class Trainer:
                 if self._step > span.end or (self._step == span.end and self._is_finished(span)):
                     continue
                 if self._step == span.start:
-                    self._evaluate(span, "start")  # at this stage's context and RoPE base
-                self._train_stage(span)  # ends with a checkpoint,
+                    self._evaluate(span, "start")  # at this training stage's context and RoPE base
+                self._run_training_stage(span)  # ends with a checkpoint,
                 self._evaluate(span, "end")  # so that a crash here costs no training
                 self._export(span)
-            # 5) The last checkpoint may still be on its way to the disk.
+            # 5) The last checkpoint may still be being sealed.
             self._saver.wait()
         finally:
             self._saver.settle()
@@ -332,5 +331,5 @@ class Trainer:
         if missing:
             self._note_once(f"Split {HELD_OUT_SPLIT} lacks {', '.join(missing)}: trained on, not measured.")
 
-    def _is_finished(self, span: StageSpan) -> bool:
+    def _is_finished(self, span: TrainingStageSpan) -> bool:
         return f"{span.name}:end" in self._record and (self._context.out / span.name).is_dir()

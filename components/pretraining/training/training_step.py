@@ -23,7 +23,7 @@ from components.pretraining.training.telemetry import Layout, RouterEntropy, Ste
 
 @dataclass(frozen=True)
 class Gradients:
-    """A step whose gradients are in the engine.
+    """The outcome of a step whose gradients are in the engine.
 
     Attributes:
         pooled: the step's sums over all ranks, see :class:`components.pretraining.training.telemetry.Layout`.
@@ -66,7 +66,7 @@ class TrainingStep:
         return through(
             input_ids=batch.input_ids_BT.to(device, non_blocking=True),
             document_ids=batch.document_ids_BT.to(device, non_blocking=True),
-            padded=False,  # rows are whole windows; asking the device would wait for it
+            padded=False,  # rows are whole windows; looking would synchronise with the device
             use_cache=False,
             logits_to_keep=1,  # the loss applies the output matrix itself
             output_hidden_states=True,
@@ -93,7 +93,7 @@ class TrainingStep:
                 self._entropy.take()
 
     def gradients(self, step: int) -> Gradients:
-        """Run step ``step``; every rank takes part and gets the same sums."""
+        """Run step ``step``; a collective, after which every rank has the same sums."""
         began = time.perf_counter()
         with part("data"):
             groups = self._source.rank_groups(step, self._ranks.rank, self._ranks.world)
@@ -108,7 +108,7 @@ class TrainingStep:
                 self.micro_step(batch)
                 left -= 1
                 if left:
-                    self._engine.step()  # counts the micro-step
+                    self._engine.step()  # within gradient accumulation this only counts the micro-step
             self._meter.add_group(balance.counts)
             balance.reset()
         pooled = self._meter.pooled()

@@ -1,1 +1,1 @@
-"""What of a teacher's answers is kept: rules, consistency, duplicates, overlap, and a count of all that."""
+"""What of a teacher's answers is kept: rules, consistency, duplicates, and a count of all that."""

@@ -1,7 +1,7 @@
 """Near-duplicates among accepted texts: ``NearDuplicates(0.7).add(text)`` says whether it is new.
 
 MinHash over word 5-grams (Broder 1997) with 64 permutations, 16 bands of 4 rows: pairs of Jaccard similarity 0.7
-meet in a band with probability 0.99, of 0.3 with 0.12, and the signatures then decide.
+collide in a band with probability 0.99, of 0.3 with 0.12, and the signatures then decide.
 """
 
 from __future__ import annotations

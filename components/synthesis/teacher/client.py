@@ -1,8 +1,8 @@
 """Asks the teacher: ``LiveClient(teacher, config, ledger, seed).ask(key, messages, …)``, and ``ReplayClient`` again.
 
-Items are coroutines that ask one question or several (``items.py``). They run twice: live, many at once, for their
-answers to land in the ledger; then, in the plan's order, from the ledger alone, for what is kept. So memory does not
-grow with the number of items, the order of answers does not matter, and a killed run continues where it was.
+Items are coroutines that ask one question or several (``items.py``). They run twice: live, many at once, to fill the
+ledger with answers; then, in the order of selection, from the ledger alone, for what is kept. So memory does not grow
+with the number of items, the order of answers does not matter, and a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from components.synthesis.teacher.preflight import ALTERNATIVES
 from components.synthesis.teacher.teacher import Teacher
 
 _LONGEST_REASON = 300
-IN_FLIGHT_GRACE_S = 12.0  # for requests that were sent before the time limit
+IN_FLIGHT_GRACE_S = 12.0  # for requests in flight at the time limit
 
 
 class Rejected(Exception):
@@ -210,7 +210,7 @@ class LiveClient:
         except (openai.APIError, ValueError) as error:
             answer = Answer(f"malformed answer: {str(error)[:_LONGEST_REASON]}", "failed")
         self._failures = self._failures + 1 if answer.failed else 0
-        if self._failures >= self.patience:
+        if self._failures >= self.failure_limit:
             raise StageError(
                 f"{where} failed {self._failures} times in a row, the last time with: {answer.text}. The answers so "
                 f"far are kept; the same command goes on from them. {ALTERNATIVES}"
@@ -218,8 +218,8 @@ class LiveClient:
         return answer
 
     @property
-    def patience(self) -> int:
-        """Failures in a row, each after its retries, that end the stage."""
+    def failure_limit(self) -> int:
+        """Consecutive failures, each after its retries, that end the stage."""
         return max(8, 2 * self._config.concurrency)
 
     async def close(self) -> None:

@@ -8,10 +8,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from components.artifacts import PROJECT
 from components.synthesis.config import SynthesizeConfig, TeacherConfig
 from components.synthesis.teacher.weights import is_packaged
 
-PROJECT = Path(__file__).parents[2]
 _PROBE_S = 5.0
 
 ALTERNATIVES = (

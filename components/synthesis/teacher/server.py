@@ -58,13 +58,13 @@ class ServerProcess:
         self.record_path = folder / "teacher.json"
         self.ready_url = ready_url
         self._process: subprocess.Popen[bytes] | None = None
-        self._leash: int | None = None
+        self._watchdog_pipe: int | None = None
         self._started = 0.0
 
     def start(self) -> None:
         """Start the server without waiting for it; a leftover of an earlier, killed run is ended first."""
         end_leftover(self.record_path)
-        read_end, self._leash = os.pipe()
+        read_end, self._watchdog_pipe = os.pipe()
         try:
             with self.log_path.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -83,7 +83,7 @@ class ServerProcess:
         self._started = time.monotonic()
         write_json(
             self.record_path,
-            {"group": self._process.pid, "born": _born(self._process.pid), "name": self.name},
+            {"group": self._process.pid, "born": _start_time(self._process.pid), "name": self.name},
         )
 
     def wait_ready(self, timeout_s: float) -> float:
@@ -126,9 +126,9 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and everything it started."""
-        if self._leash is not None:
-            os.close(self._leash)
-            self._leash = None
+        if self._watchdog_pipe is not None:
+            os.close(self._watchdog_pipe)
+            self._watchdog_pipe = None
         if self._process is not None:
             try:
                 self._process.wait(_STOP_S)
@@ -154,27 +154,27 @@ def end_leftover(record_path: Path) -> bool:
     """End the server that a record names, if it is still the same processes; whether there was one."""
     try:
         record: Any = json.loads(record_path.read_text())
-        group, born = int(record["group"]), str(record["born"])
+        group, started = int(record["group"]), str(record["born"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-    # The leader may be gone while members live on; a group number is not reused while it has members, so a group
-    # whose leader is missing is ours, and one whose leader was born at another time is not.
-    found = _born(group) in (born, "") and _group_lives(group)
+    # The leader may be gone while members live on; a group id is not reused while it has members, so a group whose
+    # leader is missing is ours, and one whose leader started at another time is not.
+    found = _start_time(group) in (started, "") and _group_is_alive(group)
     if found:
         _kill_group(group)
     record_path.unlink(missing_ok=True)
     return found
 
 
-def _born(pid: int) -> str:
-    """When a process started, as the kernel counts (field 22 of ``/proc/PID/stat``); empty when there is none."""
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's clock ticks (field 22 of ``/proc/PID/stat``); empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except (OSError, IndexError):
         return ""
 
 
-def _group_lives(group: int) -> bool:
+def _group_is_alive(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):

@@ -1,8 +1,8 @@
-"""Keeps a server on a leash: ``python -I watchdog.py FD COMMAND...`` runs COMMAND until it ends or FD closes.
+"""Ends a server with its parent: ``python -I watchdog.py FD COMMAND...`` runs COMMAND until it ends or FD closes.
 
 FD is the read end of a pipe whose other end only the starting process holds. When that process ends, by whatever
-means, the kernel closes the pipe and the whole process group of the server goes: SIGTERM first, SIGKILL after a
-grace. Standard library only, so that it starts in a few milliseconds.
+means, the kernel closes the pipe and the whole process group of the server is ended: SIGTERM first, SIGKILL after
+a grace period. Standard library only, so that it starts in a few milliseconds.
 """
 
 import os
@@ -16,7 +16,7 @@ _POLL_S = 0.25
 
 
 def main(descriptor: int, command: list[str]) -> int:
-    """Run ``command`` in this process's group; its exit code, or never returns when the leash was cut."""
+    """Run ``command`` in this process's group; returns its exit code, or never when FD was closed."""
     os.set_inheritable(descriptor, False)
     with subprocess.Popen(command) as server:
         while server.poll() is None:

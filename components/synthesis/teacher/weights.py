@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from components.artifacts import StageError, sha256_file, write_json
+from components.artifacts import PROJECT, StageError, sha256_file, write_json
 from components.sources import fetch, load_catalogue
 
 STAMP_NAME = ".verified.json"
@@ -68,7 +68,7 @@ def _convert(gguf: Path, target: Path) -> None:
             [sys.executable, "-m", "components.synthesis.teacher.weights", str(gguf), str(temporary)],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=PROJECT,
         )
         if done.returncode:
             lines = "\n".join(f"  {line}" for line in done.stderr.splitlines()[-6:])

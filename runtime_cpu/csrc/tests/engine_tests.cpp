@@ -63,8 +63,8 @@ void test_thread_pool() {
         touched[static_cast<std::size_t>(piece)] += 1;
       });
       CHECK(std::accumulate(touched.begin(), touched.end(), 0) == static_cast<int>(pieces));
-      if (round % 1000 == 0)
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));  // let the workers sleep
+      // Lets the workers fall asleep, so that both ways of waking them are tested; no check hangs on it.
+      if (round % 1000 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
   }
   std::printf("thread pool: ok\n");

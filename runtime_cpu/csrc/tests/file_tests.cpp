@@ -5,6 +5,7 @@
 #include <set>
 #include <thread>
 
+#include "asleep.hpp"
 #include "checksum.hpp"
 #include "test_file.hpp"
 
@@ -149,6 +150,7 @@ void take_back_and_close(const std::string& backend) {
   const TestFile file(64 * kReadAlign);
   const AlignedMemory memory(64 * kReadAlign);
   std::atomic<bool> held{true};
+  std::atomic<int> begun{0};
   std::vector<std::uint64_t> order;  // the reader works on one read at a time
   Read reads[8];
   const auto aim = [&](std::size_t i) {
@@ -159,13 +161,14 @@ void take_back_and_close(const std::string& backend) {
       file.path, backend,
       [&](const Read& read) {
         order.push_back(read.offset / (8 * kReadAlign));
+        ++begun;
         while (held) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         return Fault{};
       },
       1);
   reader->submit(reads[0]);
-  while (reader->urgent() != 1) std::this_thread::yield();
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  while (begun == 0) std::this_thread::yield();
+  CHECK(reader->urgent() == 1);
   for (std::size_t i = 1; i < 4; ++i) reader->submit(reads[i], FileReader::Urgency::kLater);
   Read* both[] = {&reads[1], &reads[2]};
   Read* started[] = {&reads[3], &reads[0]};
@@ -184,9 +187,11 @@ void take_back_and_close(const std::string& backend) {
   CHECK(reader->unfinished() == 0 && reader->urgent() == 0);
   // Closing waits for what is in flight and fails the rest.
   held = true;
+  const int before = begun;
   for (Read& read : reads) reader->submit(read);
-  std::thread opener([&] {
-    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  while (begun == before) std::this_thread::yield();
+  std::thread opener([&held, closer = this_thread()] {
+    await_sleep(closer);  // it waits for the read that is held
     held = false;
   });
   reader.reset();

@@ -1,15 +1,15 @@
-"""The plan's figures, what a machine lacks, and the paper's values in the presets."""
+"""The estimate of a run, what a machine lacks, and the paper's values in the presets."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from components.pretraining import plan as planning
+from components.pretraining import estimate as estimating
 from components.pretraining.architecture import model_config
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.deepspeed.initial_model import initial_model
-from components.pretraining.plan import describe, memory_by_part, plan, preflight
+from components.pretraining.estimate import describe, estimate_run, memory_by_part, preflight
 from components.pretraining.presets import (
     pretrain_config_4b,
     pretrain_config_21b,
@@ -33,7 +33,7 @@ def test_described_parameters(config: PretrainConfig, parameters: str) -> None:
 def test_the_count_is_that_of_a_real_model() -> None:
     config = PretrainConfig.model_validate(run_config())
     network = initial_model(config, model_config(config))
-    counted = plan(model_config(config), config)
+    counted = estimate_run(model_config(config), config)
     assert counted.parameters == sum(parameter.numel() for parameter in network.parameters())
     experts = sum(p.numel() for name, p in network.named_parameters() if "experts" in name)
     tables = sum(p.numel() for name, p in network.named_parameters() if "embed" in name or "lm_head" in name)
@@ -65,8 +65,8 @@ def test_values_of_the_paper(
 def test_memory_that_cannot_fit_is_a_problem() -> None:
     config = pretrain_config_21b()
     small = HardwarePart(gpus=256, gpu_memory_gb=24.0)
-    assert plan(model_config(config), config).problems == ()
-    (problem,) = plan(model_config(config), config, small).problems
+    assert estimate_run(model_config(config), config).problems == ()
+    (problem,) = estimate_run(model_config(config), config, small).problems
     assert "GB per GPU are needed and 24 GB are there" in problem
     text = describe(config.model_copy(update={"hardware": small}))
     assert f"problem     {problem}" in text
@@ -74,14 +74,14 @@ def test_memory_that_cannot_fit_is_a_problem() -> None:
 
 def test_a_mesh_that_cannot_cut_the_batch_is_a_problem() -> None:
     config = pretrain_config_4b()
-    problems = plan(model_config(config), config, HardwarePart(gpus=56)).problems
+    problems = estimate_run(model_config(config), config, HardwarePart(gpus=56)).problems
     assert [problem.partition(":")[0] for problem in problems] == ["stage1", "stage2", "stage3"]
     assert "1536 sequences cannot be cut into micro-batches of 8 on 56 processes" in problems[0]
 
 
 def test_more_gpus_need_fewer_days_and_less_memory() -> None:
     config = pretrain_config_21b()
-    few, many = (plan(model_config(config), config, HardwarePart(gpus=gpus)) for gpus in (64, 128))
+    few, many = (estimate_run(model_config(config), config, HardwarePart(gpus=gpus)) for gpus in (64, 128))
     assert few.days == pytest.approx(2 * many.days) and few.flops == many.flops
     assert sum(few.memory_bytes.values()) > sum(many.memory_bytes.values())
 
@@ -115,12 +115,12 @@ def test_the_mesh_is_shown_and_an_impossible_one_is_a_problem() -> None:
     config = pretrain_config_21b()
     assert "256 processes, each expert on 32 of them (expert parallelism 8)" in describe(config)
     # 52 layers x 6 experts x 2560 bf16 numbers, 6 times, 7 of 8 to another process.
-    assert plan(model_config(config), config).exchanged_bytes == 52 * 6 * 2560 * 2 * 6 * 7 / 8
+    assert estimate_run(model_config(config), config).exchanged_bytes == 52 * 6 * 2560 * 2 * 6 * 7 / 8
     assert "all-to-all  8.4 MB sent per token" in describe(config)
     assert "all-to-all" not in describe(pretrain_config_4b())
     for size, words in ((7, "number of processes, which is 256"), (128, "number of experts, which is 64")):
         wrong = config.model_copy(update={"expert_parallel": size})
-        problems = plan(model_config(wrong), wrong).problems
+        problems = estimate_run(model_config(wrong), wrong).problems
         assert any(
             f"expert_parallel is {size}; it must divide the {words}" in problem for problem in problems
         )
@@ -129,9 +129,9 @@ def test_the_mesh_is_shown_and_an_impossible_one_is_a_problem() -> None:
 def test_a_model_that_does_not_fit_without_expert_parallelism() -> None:
     config = pretrain_config_21b()
     small = HardwarePart(gpus=256, gpu_memory_gb=48.0)
-    assert plan(model_config(config), config, small).problems == ()
+    assert estimate_run(model_config(config), config, small).problems == ()
     alone = config.model_copy(update={"expert_parallel": 1})
-    (problem,) = plan(model_config(alone), alone, small).problems
+    (problem,) = estimate_run(model_config(alone), alone, small).problems
     assert "62 GB per GPU are needed and 48 GB are there" in problem
 
 
@@ -152,9 +152,9 @@ def test_preflight_asks_for_a_device_that_is_not_there() -> None:
 
 
 def test_preflight_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = planning.importlib.util.find_spec
+    real = estimating.importlib.util.find_spec
     monkeypatch.setattr(
-        planning.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else real(name)
+        estimating.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else real(name)
     )
     (problem,) = preflight(pretrain_config_smoke())
     assert "the Python package deepspeed is missing" in problem and "pip install" in problem
@@ -162,5 +162,7 @@ def test_preflight_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_groups_that_fit_no_mesh_are_a_problem() -> None:
     config = pretrain_config_21b()
-    said = plan(model_config(config), config, config.hardware.model_copy(update={"gpus": 12})).problems
+    said = estimate_run(
+        model_config(config), config, config.hardware.model_copy(update={"gpus": 12})
+    ).problems
     assert "load_balance_groups is 8; on 12 processes it must divide them or be a multiple of them" in said

@@ -1,4 +1,4 @@
-"""Compares the engine's logits with torch's: ``compare(ours, torch_logits(folder, token_ids))``."""
+"""Compares the engine's logits with torch's: ``compare_logits(ours, torch_logits(folder, token_ids))``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from components.artifacts import StageError
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LogitComparison:
     """How far two sets of logits [T, V] are apart.
 
     Attributes:
@@ -29,7 +29,7 @@ class Agreement:
     same_choice: float
 
 
-def compare(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement:
+def compare_logits(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> LogitComparison:
     """Distance of ``ours`` [T, V] from ``theirs`` [T, V]. NaN anywhere counts as infinitely far.
 
     Raises:
@@ -42,7 +42,7 @@ def compare(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement
     difference = ours.astype(np.float64) - theirs
     difference[~np.isfinite(difference)] = np.inf
     rows = np.linalg.norm(difference, axis=1) / np.linalg.norm(theirs.astype(np.float64), axis=1)
-    return Agreement(
+    return LogitComparison(
         tokens=len(ours),
         max_row_error=float(rows.max()),
         median_row_error=float(np.median(rows)),
@@ -55,11 +55,10 @@ def torch_logits(folder: Path, token_ids: NDArray[np.integer]) -> NDArray[np.flo
     """Logits [T, V] of the Hugging Face model in ``folder`` after each of ``token_ids`` [T], all in float32."""
     import torch
 
-    from model import SmallThinkerForCausalLM
+    from components.weights.model_folders import load_model
 
     with torch.inference_mode():
-        network = SmallThinkerForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        network.train(False)
+        network = load_model(folder)
         ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None]
         rows: NDArray[np.float32] = network(input_ids=ids).logits[0].float().numpy()
     return rows

@@ -1,4 +1,4 @@
-"""Keeps evaluation items out of what is synthesized: ``EvaluationItems.read(folder, …).problem(made)``.
+"""Keeps evaluation items out of synthetic text: ``EvaluationItems.read(folder, …).problem(made)``.
 
 The same 13-gram index as in ``curate``, and every question of the evaluation sets word for word.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
+from components.corpus.templates import GSM_INSTRUCTION
 from components.synthesis.items import Made
-from components.synthesis.plan import GSM_INSTRUCTION
 
 _EXCLUDE_NAME = "exclude.jsonl"
 

@@ -1,4 +1,4 @@
-"""Which documents, pairs, personas and problems are used: ``plan(config, documents, roles) -> items``.
+"""Which documents, pairs, personas and problems are used: ``select_items(config, curated, roles)``.
 
 Choices depend on the seed and on the documents' ids alone. Kinds are interleaved in proportion, so that a time limit
 shortens all of them alike.
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError
-from components.corpus.templates import generated_items, is_reserved
+from components.corpus.templates import GSM_INSTRUCTION, generated_items, is_reserved
 from components.synthesis.config import SynthesizeConfig
 from components.synthesis.items import Document, DocumentPersona, Item, Problem, Question, Rewrite
 from components.synthesis.prompts import pairs
 from components.synthesis.texts import excerpt
 
-GSM_INSTRUCTION = " Give the result as your final answer. Do not include units."
 _PROBLEM_SEED_OFFSET = 500_000
 
 
@@ -60,7 +59,7 @@ def choose(documents: Iterable[Document], count: int, minimum_chars: int, seed: 
     )
 
 
-def plan(config: SynthesizeConfig, curated: Path, roles: Sequence[str]) -> list[Item]:
+def select_items(config: SynthesizeConfig, curated: Path, roles: Sequence[str]) -> list[Item]:
     """Everything to ask, in order.
 
     Args:

@@ -1,6 +1,6 @@
 """What a run will cost and what it lacks, before anything is spent: ``python -m flows.pretrain --recipe 21b --plan``.
 
-``plan(...)`` counts parameters, memory per GPU by part, tokens, FLOPs and days;
+``estimate_run(...)`` counts parameters, memory per GPU by part, tokens, FLOPs and days;
 ``preflight(config)`` lists what this machine lacks (the runner asks it before it starts any stage).
 """
 
@@ -27,8 +27,8 @@ _RESERVE_BYTES = 4e9  # CUDA context, NCCL buffers and fragmentation: our allowa
 
 
 @dataclass(frozen=True)
-class StagePlan:
-    """One curriculum stage in figures."""
+class TrainingStageEstimate:
+    """One training stage in numbers."""
 
     name: str
     tokens: float
@@ -42,8 +42,8 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A run in figures; ``render()`` says them.
+class RunEstimate:
+    """What a run takes, in numbers; ``render()`` is the plan that users read.
 
     Attributes:
         gpus: processes counted on, one per GPU.
@@ -51,7 +51,7 @@ class Plan:
         parameters, active: all parameters, and those that act on a token without the vocabulary's matrices.
         memory_bytes: of one process, by part.
         memory_limit_bytes: of one GPU.
-        stages: per curriculum stage.
+        stages: per training stage.
         flops: of the whole run.
         days: of the whole run at ``mfu``; the all-to-all of expert parallelism is not counted.
         exchanged_bytes: that a process sends per token in all-to-alls, over all layers and passes.
@@ -66,7 +66,7 @@ class Plan:
     active: int
     memory_bytes: dict[str, float]
     memory_limit_bytes: float
-    stages: tuple[StagePlan, ...]
+    stages: tuple[TrainingStageEstimate, ...]
     flops: float
     days: float
     exchanged_bytes: float
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def tokens(self) -> float:
-        """Training tokens of all stages."""
+        """Training tokens of all training stages."""
         return sum(stage.tokens for stage in self.stages)
 
     @property
@@ -129,7 +129,7 @@ def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig)
 
 
 def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes: int) -> dict[str, float]:
-    """Estimated bytes per process and part, at the stage that needs most.
+    """Estimated bytes per process and part, at the training stage that needs most.
 
     A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
     master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2; their
@@ -159,20 +159,20 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     gate_up = local_experts / model.num_hidden_layers * 2 / 3  # one layer's
     sums_in_fp32 = config.zero_stage >= 2 and width_bytes == 2
     if sums_in_fp32:
-        # Of micro-steps, beside one tensor on its way into them.
+        # The fp32 sums over micro-steps, and the one tensor that is being added to them.
         gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + 2 * bucket
     elif config.zero_stage >= 2:
-        # DeepSpeed keeps whole tensors of which a partition holds any part.
+        # DeepSpeed keeps a whole tensor wherever the partition overlaps it.
         gradients = min(held, sharded + table + gate_up) * width_bytes + 2 * bucket
     heads = model.num_attention_heads * model.head_dim
-    crowding = 1.0 if size == 1 else min(float(size), _IMBALANCE)
+    imbalance = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
-    routed_bytes = crowding * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
+    routed_bytes = imbalance * rows * (2 * model.hidden_size + 4 * model.moe_ffn_hidden_size) * width_bytes
     exchange_bytes = 0.0 if size == 1 else 2.0 * rows * model.hidden_size * width_bytes
     layer_bytes = tokens * (6 * model.hidden_size + 4 * heads) * width_bytes + routed_bytes
-    # What of a layer waits for its backward pass; the rest comes and goes.
+    # What a layer saves for its backward pass; its other activations are freed at once.
     saved_bytes = 3.0 * tokens * (model.hidden_size + heads) * width_bytes
-    saved_bytes += crowding * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
+    saved_bytes += imbalance * rows * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size) * width_bytes
     layers = model.num_hidden_layers
     recomputed = config.recomputed_layers(layers)
     residual_bytes = tokens * model.hidden_size * width_bytes * recomputed
@@ -180,7 +180,7 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     copies_bytes = 2 * width_bytes + (4 if width_bytes == 2 and not config.hardware.gpus else 0)
     logits = min(tokens, config.loss_chunk_tokens) * model.vocab_size * copies_bytes
     logits += model.vocab_size * model.hidden_size * 4  # the output matrix's gradient is gathered in fp32
-    # Of the layers that keep their activations the last is the one at work, unless one that is recomputed is.
+    # One layer's whole working set: it is one of those that keep their activations, or one that is recomputed.
     activations = residual_bytes + saved_bytes * max(0, layers - max(1, recomputed)) + layer_bytes
     parts = {
         "weights": float(held * width_bytes),
@@ -191,7 +191,7 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
-    # When the optimizer steps, activations are gone, and the sharded gradients are there in fp32 too, if not before.
+    # In the optimizer step activations are freed, and the sharded gradients are copied to fp32 unless they are already.
     step_bytes = 0.0 if sums_in_fp32 else sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
     if step_bytes > activations + logits:
         parts["optimizer step, beyond"] = step_bytes - activations - logits
@@ -200,8 +200,10 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     return parts
 
 
-def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None) -> Plan:
-    """Compute a run's figures.
+def estimate_run(
+    model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePart | None = None
+) -> RunEstimate:
+    """Estimate memory, FLOPs and days of a run.
 
     Args:
         model: the architecture.
@@ -225,23 +227,23 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
         problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
-        spec, micro = span.spec, config.micro_batch(span.index)
-        accumulation = spec.sequences_per_step / (micro * processes)
+        stage, micro = span.stage, config.micro_batch(span.index)
+        accumulation = stage.sequences_per_step / (micro * processes)
         if accumulation != int(accumulation) or accumulation < 1:
             problems.append(
-                f"{span.name}: {spec.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
+                f"{span.name}: {stage.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
                 f"{processes} processes"
             )
-        tokens = float(span.spec.steps * spec.context * spec.sequences_per_step)
-        flops = training_flops_per_token(model, spec.context)
+        tokens = float(stage.steps * stage.context * stage.sequences_per_step)
+        flops = training_flops_per_token(model, stage.context)
         speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
         stages.append(
-            StagePlan(
+            TrainingStageEstimate(
                 name=span.name,
                 tokens=tokens,
-                context=spec.context,
-                steps=spec.steps,
-                tokens_per_step=spec.context * spec.sequences_per_step,
+                context=stage.context,
+                steps=stage.steps,
+                tokens_per_step=stage.context * stage.sequences_per_step,
                 micro_batch=micro,
                 accumulation=accumulation,
                 flops_per_token=flops,
@@ -256,7 +258,7 @@ def plan(model: SmallThinkerConfig, config: PretrainConfig, hardware: HardwarePa
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:
         problems.append(f"{needed / _GB:.0f} GB per GPU are needed and {limit / _GB:.0f} GB are there")
-    return Plan(
+    return RunEstimate(
         model=config.model.preset,
         gpus=processes,
         expert_parallel=config.expert_parallel,
@@ -314,7 +316,7 @@ def preflight(config: PretrainConfig) -> list[str]:
     if hardware.gpus:
         from components.pretraining.architecture import model_config
 
-        problems += plan(model_config(config), config).problems
+        problems += estimate_run(model_config(config), config).problems
     return problems
 
 
@@ -326,7 +328,7 @@ def describe(config: PretrainConfig) -> str:
     """
     from components.pretraining.architecture import model_config
 
-    return plan(model_config(config), config).render()
+    return estimate_run(model_config(config), config).render()
 
 
 def describe_on_gpus(config: PretrainConfig) -> str:
