@@ -13,7 +13,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Spinning threads starve whatever shares their cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup teacher pipeline plan test unit smoke most rest lint format bench orchestrator lock clean
+.PHONY: help setup teacher pipeline plan test unit smoke most rest lint docs format bench orchestrator lock clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,7 @@ pipeline: setup teacher ## the whole pipeline (RECIPE=nano, ARGS="--set field=va
 plan: setup ## what `make pipeline` would run, and why
 	@$(PY) -m flows.pipeline --recipe $(RECIPE) --plan $(ARGS)
 
-test: lint ## everything: style, types, tests, sanitizers, the smallest pipeline end to end
+test: lint docs ## everything: style, types, API reference, tests, sanitizers, the smallest pipeline end to end
 	@$(MAKE) --no-print-directory -j2 --output-sync=target most rest # each keeps about one core busy
 
 unit: setup
@@ -53,6 +53,9 @@ lint: setup ## ruff, mypy, clang-format
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	find runtime_cpu/csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
+
+docs: setup ## API reference from the docstrings into build/docs; whatever Sphinx finds wrong fails it
+	.venv/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet -b html docs build/docs
 
 format: setup ## rewrite files in the project's style
 	.venv/bin/ruff check --fix .

@@ -278,7 +278,7 @@ def write_checkpoint(
     Args:
         folder: created if needed; files of an earlier save are replaced. ``config.json`` is the caller's.
         config: gives the layout.
-        read: returns an official tensor; it is asked in the order of :func:`official_layout`.
+        read: returns an official tensor; it is asked in the order of :func:`.official_layout`.
         dtype: dtype of the files.
         max_shard_bytes: upper size of a file, unless one tensor is larger.
     """

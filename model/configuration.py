@@ -67,12 +67,12 @@ class SmallThinkerConfig(PreTrainedConfig):
 
     Attributes:
         hidden_size: width D of the residual stream.
-        num_hidden_layers: L.
+        num_hidden_layers: layers L.
         num_attention_heads: query heads N; ``N * head_dim`` need not equal D (it does not in the 21B).
         num_key_value_heads: key/value heads; must divide N.
         head_dim: H; even, since RoPE pairs dimension i with i + H/2.
         moe_ffn_hidden_size: hidden width F of one expert.
-        moe_num_primary_experts: E.
+        moe_num_primary_experts: experts E of a layer.
         moe_num_active_primary_experts: K experts per token.
         moe_primary_router_apply_softmax: True: softmax over the chosen logits (21B). False: their sigmoids divided
             by the sigmoids' sum (4B). A file without the key means False.
@@ -82,7 +82,8 @@ class SmallThinkerConfig(PreTrainedConfig):
         sliding_window_size: W; a windowed token sees itself and W - 1 tokens before it.
         rope_theta: RoPE base. Numeric strings such as ``"1.5e6"`` are accepted.
         tie_word_embeddings: the output matrix is the embedding.
-        load_balance_coef, router_z_coef: weights of the auxiliary losses in ``output.loss`` (ours, not official).
+        load_balance_coef: weight of the load-balance loss in ``output.loss`` (ours, not official).
+        router_z_coef: weight of the router's z-loss in it (ours, not official).
 
     Raises:
         ConfigError: a value is impossible or two values contradict each other.

@@ -83,15 +83,15 @@ class CausalLMOutput(ModelOutput):
 
     Attributes:
         loss: ``ce_loss + load_balance_coef * load_balance_loss + router_z_coef * router_z_loss``; with
-        labels only.
+            labels only.
         logits: ``[B, T, V]``, or the last ``logits_to_keep`` positions, in the model's dtype.
         ce_loss: mean next-token cross-entropy in nats; with labels only.
         load_balance_loss: unweighted, 1 at perfect balance.
         router_z_loss: unweighted mean over layers.
         router_stats: see :class:`RouterStats`.
         past_key_values: the cache, when used.
-        hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times ``[B, T,
-        D]``.
+        hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times
+            ``[B, T, D]``.
     """
 
     loss: Tensor | None = None
