@@ -7,8 +7,8 @@
 #include <mutex>
 #include <thread>
 
-#include "expert_file.hpp"
-#include "thread_pool.hpp"
+#include "forward/thread_pool.hpp"
+#include "tests/expert_file.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -5,8 +5,8 @@
 #include <set>
 #include <thread>
 
-#include "checksum.hpp"
-#include "test_file.hpp"
+#include "experts/checksum.hpp"
+#include "tests/test_file.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -6,10 +6,11 @@
 #include <span>
 #include <vector>
 
-#include "check.hpp"
-#include "expert_forecast.hpp"
-#include "gguf_builder.hpp"
-#include "kernels.hpp"
+#include "experts/forecast.hpp"
+#include "kernels/table.hpp"
+#include "model/quantisation.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

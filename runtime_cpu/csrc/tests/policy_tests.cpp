@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 
-#include "expert_file.hpp"
-#include "route_trace.hpp"
+#include "tests/expert_file.hpp"
+#include "tests/route_trace.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "cache_policy.hpp"
-#include "sampler.hpp"
+#include "experts/policy.hpp"
+#include "forward/sampler.hpp"
 
 namespace smallthinker::testing {
 

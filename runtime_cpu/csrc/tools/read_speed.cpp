@@ -13,9 +13,9 @@
 #include <new>
 #include <vector>
 
-#include "file_reader.hpp"
-#include "sampler.hpp"
-#include "tensor.hpp"
+#include "experts/file_reader.hpp"
+#include "forward/sampler.hpp"
+#include "model/tensor.hpp"
 
 using namespace smallthinker;
 

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <vector>
 
-#include "huge_memory.hpp"
-#include "kernels.hpp"
+#include "kernels/table.hpp"
+#include "model/huge_memory.hpp"
 
 using namespace smallthinker;
 
@@ -217,7 +217,7 @@ int main(int argc, char** argv) {
   const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 50;
   const Weights weights;
   for (const Kernels* kernels : available_kernels()) {
-    if (kernels == &reference_table()) continue;
+    if (kernels == &select_kernels("reference")) continue;
     const Inputs x(*kernels, kTokens, kHidden);
     time_dense(*kernels, weights, x, repeats);
     time_experts(*kernels, weights, x, repeats);
