@@ -401,7 +401,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro(
           "router",
           [](const PyModel& s) {
-            return std::string(s.model->hyper.router == st::Router::kSoftmax ? "softmax" : "sigmoid");
+            return std::string(s.model->hyper.router == st::RouterKind::kSoftmax ? "softmax" : "sigmoid");
           })
       .def_prop_ro("tied_embeddings", [](const PyModel& s) { return s.model->tied; })
       .def_prop_ro("rope_layout", [](const PyModel& s) { return layout(s.model->hyper.rope); })

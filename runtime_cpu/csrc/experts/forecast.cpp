@@ -70,7 +70,7 @@ void ExpertForecast::learn(std::int64_t layer, std::span<const std::int32_t> cho
   guesses.clear();
 }
 
-std::span<const ExpertGuess> ExpertForecast::lacking(std::int64_t layer, std::int64_t distance,
+std::span<const ExpertGuess> ExpertForecast::missing(std::int64_t layer, std::int64_t distance,
                                                      const std::function<bool(std::int32_t)>& in_memory) {
   const float* const scores = logits(distance);
   std::iota(order_.begin(), order_.end(), 0);
@@ -79,14 +79,14 @@ std::span<const ExpertGuess> ExpertForecast::lacking(std::int64_t layer, std::in
       [&](std::int32_t a, std::int32_t b) { return sortable(scores[a]) > sortable(scores[b]); });
   std::vector<Pending>& guesses = pending_[static_cast<std::size_t>(layer + distance)];
   Record* const records = records_.data() + (distance - 1) * used_;
-  lacking_.clear();
+  missing_.clear();
   for (std::int64_t rank = 0; rank < used_; ++rank) {
     const std::int32_t expert = order_[static_cast<std::size_t>(rank)];
     if (in_memory(expert)) continue;
     guesses.push_back({expert, records + rank});
-    lacking_.push_back({expert, records[rank].right / records[rank].seen});
+    missing_.push_back({expert, records[rank].right / records[rank].seen});
   }
-  return lacking_;
+  return missing_;
 }
 
 }  // namespace smallthinker

@@ -7,7 +7,7 @@
 //
 //   kernels.tiles(forecast.router(layer + d), ..., forecast.logits(d), ...);  // on what enters `layer`
 //   forecast.learn(layer, chosen);                                            // by its own router
-//   for (const ExpertGuess& guess : forecast.lacking(layer, d, in_memory)) ...
+//   for (const ExpertGuess& guess : forecast.missing(layer, d, in_memory)) ...
 #pragma once
 
 #include <cstddef>
@@ -41,11 +41,11 @@ class ExpertForecast {
   void learn(std::int64_t layer, std::span<const std::int32_t> chosen);
   // From logits(distance): what the layer `distance` after `layer` will choose and `in_memory` denies, most
   // probable first. Valid until the next call.
-  std::span<const ExpertGuess> lacking(std::int64_t layer, std::int64_t distance,
+  std::span<const ExpertGuess> missing(std::int64_t layer, std::int64_t distance,
                                        const std::function<bool(std::int32_t)>& in_memory);
 
  private:
-  struct Record {  // of a distance and a rank: guesses that were lacking, the latest counting most
+  struct Record {  // of a distance and a rank: guesses that were not in memory, the latest counting most
     double seen = 5.0;
     double right = 4.0;
   };
@@ -62,7 +62,7 @@ class ExpertForecast {
   std::vector<Record> records_;                // [kReach][used]
   std::vector<std::vector<Pending>> pending_;  // per layer
   std::vector<std::int32_t> order_;
-  std::vector<ExpertGuess> lacking_;
+  std::vector<ExpertGuess> missing_;
 };
 
 }  // namespace smallthinker

@@ -101,7 +101,7 @@ void ExpertStore::open_cache(const ExpertStoreOptions& options, std::size_t slot
   if (!model_->expert_frequency.empty()) cache_->warm(cache_->by_popularity());
 }
 
-std::int64_t ExpertStore::most_at_once() const {
+std::int64_t ExpertStore::most_of_one_request() const {
   return cache_ != nullptr ? cache_->slots() : model_->hyper.experts;
 }
 

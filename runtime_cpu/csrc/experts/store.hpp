@@ -43,7 +43,7 @@ class ExpertStore {
   static std::size_t overhead_bytes(const Model& model);
 
   bool offloads() const { return cache_ != nullptr; }
-  std::int64_t most_at_once() const;  // distinct experts of one request
+  std::int64_t most_of_one_request() const;  // distinct experts of one request
   void request(std::int64_t layer, std::span<const ExpertUse> uses, std::int64_t rows);
   void release(std::int64_t layer);
   bool ready(std::int64_t layer, std::int64_t expert) const;

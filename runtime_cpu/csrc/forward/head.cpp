@@ -1,11 +1,9 @@
-// The output matrix: whole, or only the rows that a predictor names (the paper's section on the head; the
-// authors' engine sets the others to 0, which is a middling logit; here they are minus infinity).
+#include "forward/head.hpp"
+
 #include <algorithm>
 #include <atomic>
 #include <limits>
 #include <vector>
-
-#include "forward/runtime.hpp"
 
 namespace smallthinker {
 namespace {
@@ -22,54 +20,80 @@ HeadRows find_head_rows(const std::string& name) {
   throw EngineError("head rows are '" + name + "'; allowed are named, all and scores");
 }
 
-void Runtime::head(std::int64_t first, std::int64_t rows, float* logits) {
-  const auto vocab = static_cast<std::uint64_t>(model_->hyper.vocab);
-  counters_.head_rows += vocab * static_cast<std::uint64_t>(rows);
-  counters_.head_rows_computed += vocab * static_cast<std::uint64_t>(rows);
-  add_tasks(weights_.head, scratch_.normed.from(first).view(), rows, logits, model_->hyper.vocab);
-  run_matmuls();
+HeadCounts Head::run(std::int64_t first, std::int64_t rows, HeadRows wanted, float* logits,
+                     Products& products) const {
+  if (weights_.plan.predictor_width == 0) return whole(first, rows, logits, products);
+  HeadCounts counts;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    const HeadCounts one = predicted(first + i, wanted, logits + i * model_.hyper.vocab, products);
+    counts.rows += one.rows;
+    counts.computed += one.computed;
+    counts.fallbacks += one.fallbacks;
+  }
+  return counts;
+}
+
+HeadCounts Head::whole(std::int64_t first, std::int64_t rows, float* logits, Products& products) const {
+  const std::int64_t vocab = model_.hyper.vocab;
+  products.add(weights_.head, scratch_.normed.from(first).view(), rows, logits, vocab);
+  products.run();
+  const auto computed = static_cast<std::uint64_t>(vocab * rows);
+  return {computed, computed, 0};
 }
 
 // Scores go where the logits will be, and each row's logit takes the place of its own score.
-void Runtime::predicted_head(std::int64_t row, float* logits) {
-  const std::int64_t vocab = model_->hyper.vocab;
+HeadCounts Head::predicted(std::int64_t row, HeadRows wanted, float* logits, Products& products) const {
+  const std::int64_t vocab = model_.hyper.vocab;
   const ActivationBuffer x = scratch_.normed.from(row);
-  add_tasks(weights_.predictor_down, x.view(), 1, scratch_.inner.f32, scratch_.inner.stride);
-  run_matmuls();
-  quantise(scratch_.inner);
-  add_tasks(weights_.predictor_up, scratch_.inner.view(), 1, logits, vocab);
-  run_matmuls();
-  if (head_rows_ == HeadRows::kScores) return;
+  const ActivationBuffer& inner = scratch_.inner;
+  products.add(weights_.predictor_down, x.view(), 1, inner.f32, inner.stride);
+  products.run();
+  compute_.quantise(inner);
+  products.add(weights_.predictor_up, inner.view(), 1, logits, vocab);
+  products.run();
+  if (wanted == HeadRows::kScores) return {};
 
-  const float threshold = model_->head_predictor->threshold;
-  const std::int64_t pieces = (vocab + kRowsPerPiece - 1) / kRowsPerPiece;
+  const bool all = wanted == HeadRows::kAll;
+  std::int64_t named = count_named(logits);
+  const bool falls_back = !all && named < std::min(kLeastHeadRows, vocab);
+  const bool gathers = weights_.head_rows.data != nullptr;
+  HeadCounts counts;
+  if ((all || falls_back) && !gathers) {
+    counts = whole(row, 1, logits, products);
+  } else {
+    if (all || falls_back) {  // every row is named
+      std::fill_n(logits, vocab, std::numeric_limits<float>::infinity());
+      named = vocab;
+    }
+    const auto compute = gathers ? &Head::gathered_rows : &Head::named_rows;
+    compute_.pool.run(pieces(), [&](std::int64_t piece, int) {
+      (this->*compute)(piece * kRowsPerPiece, std::min(vocab, (piece + 1) * kRowsPerPiece), x.view(), logits);
+    });
+    counts = {static_cast<std::uint64_t>(vocab), static_cast<std::uint64_t>(named), 0};
+  }
+  counts.fallbacks = falls_back ? 1U : 0U;
+  return counts;
+}
+
+std::int64_t Head::pieces() const { return (model_.hyper.vocab + kRowsPerPiece - 1) / kRowsPerPiece; }
+
+// How many of the scores [vocab] are above the predictor's threshold.
+std::int64_t Head::count_named(const float* scores) const {
+  const float threshold = model_.head_predictor->threshold;
   std::atomic<std::int64_t> named{0};
-  pool_.run(pieces, [&](std::int64_t piece, int) {
-    const float* begin = logits + piece * kRowsPerPiece;
-    const float* end = logits + std::min(vocab, (piece + 1) * kRowsPerPiece);
+  compute_.pool.run(pieces(), [&](std::int64_t piece, int) {
+    const float* begin = scores + piece * kRowsPerPiece;
+    const float* end = scores + std::min(model_.hyper.vocab, (piece + 1) * kRowsPerPiece);
     named += std::count_if(begin, end, [&](float score) { return score > threshold; });
   });
-  const bool all = head_rows_ == HeadRows::kAll;
-  if (all || named < std::min(kLeastHeadRows, vocab)) {
-    counters_.head_fallbacks += all ? 0U : 1U;
-    if (weights_.head_rows.data == nullptr) return head(row, 1, logits);
-    std::fill_n(logits, vocab, std::numeric_limits<float>::infinity());  // every row is named
-    named = vocab;
-  }
-  counters_.head_rows += static_cast<std::uint64_t>(vocab);
-  counters_.head_rows_computed += static_cast<std::uint64_t>(named.load());
-  pool_.run(pieces, [&](std::int64_t piece, int) {
-    const auto compute = weights_.head_rows.data != nullptr ? &Runtime::scattered_rows : &Runtime::named_rows;
-    (this->*compute)(piece * kRowsPerPiece, std::min(vocab, (piece + 1) * kRowsPerPiece), x.view(), logits);
-  });
+  return named.load();
 }
 
 // Rows [begin, end). The named ones are gathered, sixteen to a tile: only they are read, and the tile kernel
 // gives them the exact head's bits.
-void Runtime::scattered_rows(std::int64_t begin, std::int64_t end, const Activations& x,
-                             float* logits) const {
+void Head::gathered_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const {
   const Matrix& matrix = weights_.head_rows;
-  const float threshold = model_->head_predictor->threshold;
+  const float threshold = model_.head_predictor->threshold;
   std::int64_t named[kRowsPerPiece + kTileRows];
   std::int64_t count = 0;
   for (std::int64_t i = begin; i < end; ++i) {
@@ -82,7 +106,8 @@ void Runtime::scattered_rows(std::int64_t begin, std::int64_t end, const Activat
   const auto fetch = [&](std::int64_t first) {
     for (std::int64_t n = first; n < std::min(count, first + kTileRows); ++n) prefetch_row(matrix, named[n]);
   };
-  // Aligned as the kernels' streams are, and as long as a thread lives: a row can be any number of columns.
+  // Aligned for the kernels' loads. It stays allocated for the thread's life, because its size depends on the
+  // model.
   const TileMatrix shape{nullptr, kTileRows, matrix.cols};
   static thread_local std::vector<std::byte> memory;
   memory.resize(shape.tile_bytes() + 64);
@@ -93,15 +118,15 @@ void Runtime::scattered_rows(std::int64_t begin, std::int64_t end, const Activat
     fetch(first + kTileRows);
     const std::int64_t size = std::min(count - first, kTileRows);
     gather_tile(matrix, named + first, size, tile);
-    kernels_.tiles({tile, kTileRows, matrix.cols}, 0, 1, x, 1, computed, kTileRows);
+    compute_.kernels.tiles({tile, kTileRows, matrix.cols}, 0, 1, x, 1, computed, kTileRows);
     for (std::int64_t n = 0; n < size; ++n) logits[named[first + n]] = computed[n];
   }
 }
 
 // Rows [begin, end) of a matrix in rows; neighbours are computed together.
-void Runtime::named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const {
+void Head::named_rows(std::int64_t begin, std::int64_t end, const Activations& x, float* logits) const {
   const Matrix& matrix = weights_.head.stock;
-  const float threshold = model_->head_predictor->threshold;
+  const float threshold = model_.head_predictor->threshold;
   float computed[kMostTogether];
   for (std::int64_t at = begin; at < end;) {
     if (!(logits[at] > threshold)) {
@@ -110,7 +135,7 @@ void Runtime::named_rows(std::int64_t begin, std::int64_t end, const Activations
     }
     std::int64_t stop = at + 1;
     while (stop < end && stop - at < kMostTogether && logits[stop] > threshold) ++stop;
-    kernels_.matmul(matrix, 0, at, stop, x, 1, computed, kMostTogether);
+    compute_.kernels.matmul(matrix, 0, at, stop, x, 1, computed, kMostTogether);
     std::copy_n(computed, stop - at, logits + at);
     at = stop;
   }

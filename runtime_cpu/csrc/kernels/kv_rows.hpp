@@ -1,6 +1,7 @@
 // How keys and values lie in memory, as the attention kernels read them and a session writes them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "model/tensor.hpp"
@@ -27,6 +28,11 @@ struct Q8Tile {
     return kKeyTile * (2 * blocks(head_dim) + (head_dim + kQ8Word - 1) / kQ8Word * kQ8Word);
   }
 };
+
+// One key or value x [head_dim] in 8 bits, to lane `lane` of a tile. A block that holds NaN or infinity, or
+// is too large for a finite scale, is stored with the scale NaN.
+void store_q8_key(const float* x, std::int64_t head_dim, std::int64_t lane, std::byte* tile);
+void store_q8_value(const float* x, std::int64_t head_dim, std::int64_t lane, std::byte* tile);
 
 // Keys or values of consecutive positions.
 struct KvRows {

@@ -96,11 +96,11 @@ Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::stri
   hyper.rope_theta = required_real(file, "rope.freq_base", 1.0, 1e12);
 
   if (const auto gating = file.integer(key("expert_gating_func"), 1, 2)) {
-    hyper.router = *gating == 1 ? Router::kSoftmax : Router::kSigmoid;
+    hyper.router = *gating == 1 ? RouterKind::kSoftmax : RouterKind::kSigmoid;
   } else {
     // The one converter that leaves the key out does so exactly when the router is no softmax
     // (docs/engine.md).
-    hyper.router = Router::kSigmoid;
+    hyper.router = RouterKind::kSigmoid;
     warnings.push_back("it does not say how experts are weighted (" + key("expert_gating_func") +
                        "); taking the sigmoid, as converters that leave the key out mean it");
   }

@@ -18,7 +18,7 @@
 
 namespace smallthinker {
 
-enum class Router { kSoftmax, kSigmoid };
+enum class RouterKind { kSoftmax, kSigmoid };
 
 struct Hyperparameters {
   std::int64_t layers = 0;
@@ -34,7 +34,7 @@ struct Hyperparameters {
   std::int64_t window = 0;  // 0: no layer is windowed
   float rope_theta = 0.0F;
   float rms_epsilon = 0.0F;
-  Router router = Router::kSigmoid;
+  RouterKind router = RouterKind::kSigmoid;
   std::vector<bool> rope;      // per layer
   std::vector<bool> windowed;  // per layer
 };

@@ -60,26 +60,26 @@ void test_worth(const Model& model) {
   for (int pass = 0; pass < 400; ++pass) {
     forecast.learn(0, first);
     set_logits(forecast, 1, logits);
-    const auto guesses = forecast.lacking(0, 1, kNothing);
+    const auto guesses = forecast.missing(0, 1, kNothing);
     CHECK(guesses.size() == 2 && guesses[0].expert == 1 && guesses[1].expert == 3);
     set_logits(forecast, 2, logits);
-    forecast.lacking(0, 2, [](std::int32_t expert) { return expert == 1; });
+    forecast.missing(0, 2, [](std::int32_t expert) { return expert == 1; });
     forecast.learn(1, first);  // of rank 0 right, of rank 1 wrong
-    forecast.learn(2, both);   // both right; only the second was lacking
+    forecast.learn(2, both);   // both right; only the second was missing
   }
-  auto guesses = forecast.lacking(0, 1, kNothing);
+  auto guesses = forecast.missing(0, 1, kNothing);
   CHECK(guesses[0].worth > 0.99 && guesses[1].worth < 0.05, "%f and %f", guesses[0].worth, guesses[1].worth);
-  guesses = forecast.lacking(0, 2, kNothing);
+  guesses = forecast.missing(0, 2, kNothing);
   CHECK(std::fabs(guesses[0].worth - 0.8) < 1e-9, "what was in memory taught something: %f",
         guesses[0].worth);
   CHECK(guesses[1].worth > 0.99);
-  CHECK(forecast.lacking(0, 1, [](std::int32_t) { return true; }).empty());
+  CHECK(forecast.missing(0, 1, [](std::int32_t) { return true; }).empty());
 
   // A pass that was broken off teaches nothing.
-  const double before = forecast.lacking(0, 2, kNothing)[1].worth;
+  const double before = forecast.missing(0, 2, kNothing)[1].worth;
   forecast.learn(0, first);
   forecast.learn(2, first);
-  CHECK(forecast.lacking(0, 2, kNothing)[1].worth == before);
+  CHECK(forecast.missing(0, 2, kNothing)[1].worth == before);
 }
 
 }  // namespace

@@ -336,7 +336,7 @@ void test_reader() {
   remove_value(silent, "expert_gating_func");
   const Exact exact(silent.write());
   const auto model = Model::from_bytes(exact.span());
-  CHECK(model->hyper.router == Router::kSigmoid && model->warnings.size() == 1);
+  CHECK(model->hyper.router == RouterKind::kSigmoid && model->warnings.size() == 1);
   std::printf("reader: ok\n");
 }
 
