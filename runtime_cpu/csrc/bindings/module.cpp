@@ -38,7 +38,7 @@ struct PyRuntime {
   st::Runtime runtime;
 };
 
-// Text of a file need not be UTF-8; what is not comes back as lone surrogates.
+// Text of a file need not be UTF-8; other bytes become lone surrogates.
 nb::object to_text(std::string_view text) {
   PyObject* object =
       PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape");

@@ -14,7 +14,7 @@ namespace smallthinker {
 namespace {
 
 constexpr std::int64_t kAnyTime = std::numeric_limits<std::int64_t>::max();
-constexpr double kGuessed = 1e12;  // more than any policy's worth
+constexpr double kSpeculativeUtility = 1e12;  // more than any policy's
 constexpr std::int64_t kOnlyEmpty = std::numeric_limits<std::int64_t>::min();
 
 std::size_t at(int index) { return static_cast<std::size_t>(index); }
@@ -80,14 +80,14 @@ ExpertCache::ExpertCache(FileReader& reader, ExpertLayout layout, std::span<std:
   for (int i = 0; i < slot_count_; ++i) slots_[at(i)].parts = &part_storage_[at(i) * parts_];
   slot_of_ = std::make_unique<std::atomic<std::int32_t>[]>(keys);
   for (std::size_t i = 0; i < keys; ++i) slot_of_[i].store(-1, std::memory_order_relaxed);
-  wanted_.assign(keys, 0);
-  wanted_of_.resize(at(layout_.layers));
+  requested_.assign(keys, 0);
+  requested_of_.resize(at(layout_.layers));
 }
 
 ExpertCache::~ExpertCache() {
   for (std::size_t i = 0; i < at(slot_count_) * parts_; ++i) {
     Read* read = &part_storage_[i].read;
-    if (read->pending() && !reader_.withdraw({&read, 1})) reader_.wait(*read);
+    if (read->pending() && !reader_.cancel({&read, 1})) reader_.wait(*read);
   }
 }
 
@@ -102,7 +102,7 @@ std::byte* ExpertCache::place_of(int slot, int part) {
   return memory_.data() + at(slot) * layout_.slot_bytes + layout_.parts[at(part)].offset;
 }
 
-// Something still writes into the slot.
+// Whether a read or a transform may still write into the slot.
 bool ExpertCache::busy(const Slot& slot) const {
   for (std::size_t i = 0; i < parts_; ++i) {
     const Stage stage = slot.parts[i].stage.load(std::memory_order_relaxed);
@@ -122,7 +122,8 @@ bool ExpertCache::broken(const Slot& slot) const {
   return false;
 }
 
-// An empty slot, or else the one of least worth among those last used before a token; none: -1.
+// An empty slot, or else the one of least utility among those last used before token `used_before`; -1 if
+// there is none.
 int ExpertCache::take_slot(std::int64_t used_before) {
   int worst = -1;
   double least = std::numeric_limits<double>::infinity();
@@ -130,17 +131,17 @@ int ExpertCache::take_slot(std::int64_t used_before) {
     const Slot& slot = slots_[at(i)];
     if (slot.pinned.load(std::memory_order_relaxed)) continue;
     if (slot.key < 0) {
-      if (busy(slot)) continue;  // what was detached is still being read
+      if (busy(slot)) continue;  // a detached expert is still being read into it
       worst = i;
       break;
     }
     const auto key = static_cast<std::size_t>(slot.key);
     if (history_.last_token(key) >= used_before || (slot.speculative && used_before != kAnyTime)) continue;
-    double worth = policy_->worth(history_, key);
-    if (slot.speculative && history_.to_come(key)) worth += kGuessed;
-    if (worst >= 0 && worth >= least) continue;
-    if (busy(slot)) continue;  // looked at last: the parts of thousands of slots do not fit into a cache
-    least = worth;
+    double utility = policy_->utility(history_, key);
+    if (slot.speculative && history_.to_come(key)) utility += kSpeculativeUtility;
+    if (worst >= 0 && utility >= least) continue;
+    if (busy(slot)) continue;  // checked last: the parts of thousands of slots do not fit into the L2 cache
+    least = utility;
     worst = i;
   }
   if (worst < 0) return -1;
@@ -161,10 +162,10 @@ void ExpertCache::empty(int index) {
   }
 }
 
-// Takes the expert out of a slot to which reads may still be on their way.
+// Removes the expert from a slot into which reads may still be in flight.
 void ExpertCache::detach(int index) {
   Slot& slot = slots_[at(index)];
-  std::erase_if(starved_, [index](const auto& entry) { return entry.first == index; });
+  std::erase_if(unstaged_, [index](const auto& entry) { return entry.first == index; });
   for (std::size_t i = 0; i < parts_; ++i) {
     std::atomic<Stage>& stage = slot.parts[i].stage;
     if (stage.load(std::memory_order_relaxed) == Stage::kQueued) {
@@ -176,9 +177,9 @@ void ExpertCache::detach(int index) {
   if (!busy(slot)) empty(index);
 }
 
-// Empties a slot that nobody has requested and of which no part has begun to be read: a queue of guesses must
-// not keep a requested expert out.
-bool ExpertCache::give_up_unstarted() {
+// Empties a slot of an expert that is not requested and of which no part has begun to be read: a queue of
+// speculative reads must not keep a requested expert out.
+bool ExpertCache::cancel_unstarted() {
   for (int i = slot_count_ - 1; i >= 0; --i) {
     Slot& slot = slots_[at(i)];
     if (slot.key < 0 || slot.pinned.load(std::memory_order_relaxed)) continue;
@@ -192,7 +193,7 @@ bool ExpertCache::give_up_unstarted() {
         begun = true;
       }
     }
-    if (begun || !reader_.withdraw(reads)) continue;
+    if (begun || !reader_.cancel(reads)) continue;
     detach(i);
     return true;
   }
@@ -202,11 +203,11 @@ bool ExpertCache::give_up_unstarted() {
 // Gives the expert a slot, without starting its reads. Returns the slot, or -1 while none is free.
 int ExpertCache::assign(std::size_t key, std::int64_t used_before) {
   int index = take_slot(used_before);
-  if (index < 0 && wanted_[key] != 0 && give_up_unstarted()) index = take_slot(used_before);
+  if (index < 0 && requested_[key] != 0 && cancel_unstarted()) index = take_slot(used_before);
   if (index < 0) return -1;
   Slot& slot = slots_[at(index)];
   slot.key = static_cast<std::int64_t>(key);
-  slot.pinned.store(wanted_[key] != 0, std::memory_order_relaxed);
+  slot.pinned.store(requested_[key] != 0, std::memory_order_relaxed);
   slot.speculative = false;
   for (std::size_t i = 0; i < parts_; ++i)
     slot.parts[i].stage.store(Stage::kQueued, std::memory_order_relaxed);
@@ -215,7 +216,7 @@ int ExpertCache::assign(std::size_t key, std::int64_t used_before) {
 }
 
 void ExpertCache::start(int slot, int part) {
-  if (!submit(slot, part)) starved_.emplace_back(slot, part);
+  if (!submit(slot, part)) unstaged_.emplace_back(slot, part);
 }
 
 // Hands a queued part to the reader, unless it has to wait for a staging buffer.
@@ -232,9 +233,9 @@ bool ExpertCache::submit(int index, int number) {
   }
   const AlignedExtent wide = aligned_extent(extent.offset, extent.bytes);
   part.lead = wide.lead;
-  part.read.aim(wide, to);
+  part.read.set(wide, to);
   const bool wanted = slot.pinned.load(std::memory_order_relaxed);
-  reader_.submit(part.read, wanted ? FileReader::Urgency::kNow : FileReader::Urgency::kLater);
+  reader_.submit(part.read, wanted ? FileReader::Priority::kDemand : FileReader::Priority::kPrefetch);
   part.stage.store(Stage::kReading, std::memory_order_release);
   return true;
 }
@@ -247,13 +248,13 @@ void ExpertCache::free_staging(Part& part) {
 
 // Starts parts that waited for a staging buffer, the requested ones first.
 void ExpertCache::pump() {
-  while (!starved_.empty() && !free_staging_.empty()) {
-    auto next = std::find_if(starved_.begin(), starved_.end(), [&](const auto& entry) {
+  while (!unstaged_.empty() && !free_staging_.empty()) {
+    auto next = std::find_if(unstaged_.begin(), unstaged_.end(), [&](const auto& entry) {
       return slots_[at(entry.first)].pinned.load(std::memory_order_relaxed);
     });
-    if (next == starved_.end()) next = starved_.begin();
+    if (next == unstaged_.end()) next = unstaged_.begin();
     const auto [slot, part] = *next;
-    starved_.erase(next);
+    unstaged_.erase(next);
     submit(slot, part);
   }
 }
@@ -282,25 +283,25 @@ void ExpertCache::request(int layer, std::span<const ExpertUse> uses, std::int64
     keys.push_back({key, weight, rows - 1 - use.rows.back()});
   }
   const Lock lock(mutex_);
-  std::erase_if(keys, [&](const Wanted& one) { return wanted_[one.key] != 0; });
-  if (wanted_count_ + static_cast<int>(keys.size()) > slot_count_) {
-    refuse(std::to_string(keys.size()) + " experts are requested and " + std::to_string(wanted_count_) +
+  std::erase_if(keys, [&](const Wanted& one) { return requested_[one.key] != 0; });
+  if (requested_count_ + static_cast<int>(keys.size()) > slot_count_) {
+    refuse(std::to_string(keys.size()) + " experts are requested and " + std::to_string(requested_count_) +
            " in use, but there are only " + std::to_string(slot_count_) + " slots");
   }
   history_.begin(layer, rows);
   std::vector<std::size_t> missing;
   for (const auto& [key, weight, ago] : keys) {
     history_.use(key, weight, ago);
-    wanted_[key] = 1;
-    wanted_of_[at(layer)].push_back(key);
-    ++wanted_count_;
+    requested_[key] = 1;
+    requested_of_[at(layer)].push_back(key);
+    ++requested_count_;
     const int index = slot_of_[key].load(std::memory_order_relaxed);
     if (index < 0) {
       missing.push_back(key);
       continue;
     }
     Slot& slot = slots_[at(index)];
-    if (broken(slot)) {  // a guess that failed; its other reads may still run, so it gets another slot
+    if (broken(slot)) {  // a speculative read failed; others of it may still run, so it gets another slot
       detach(index);
       missing.push_back(key);
       continue;
@@ -310,7 +311,7 @@ void ExpertCache::request(int layer, std::span<const ExpertUse> uses, std::int64
     slot.speculative = false;
     ++(busy(slot) ? counters_.joined : counters_.hits);
     for (std::size_t i = 0; i < parts_; ++i) {
-      if (slot.parts[i].read.pending()) reader_.hurry(slot.parts[i].read);
+      if (slot.parts[i].read.pending()) reader_.promote(slot.parts[i].read);
     }
   }
   // All hits are pinned by now, so making room cannot cost one of them. An expert that finds no slot (all are
@@ -340,7 +341,7 @@ const std::byte* ExpertCache::wait(int layer, int expert, int part) {
   }
   const auto begin = std::chrono::steady_clock::now();
   Lock lock(mutex_);
-  if (wanted_[key] == 0) {
+  if (requested_[key] == 0) {
     refuse("expert " + std::to_string(expert) + " of layer " + std::to_string(layer) + " was not requested");
   }
   const auto stop_clock = [&] {
@@ -382,7 +383,7 @@ const std::byte* ExpertCache::wait(int layer, int expert, int part) {
   }
 }
 
-// Takes a part whose read has ended to kReady or kFailed; the work on its bytes runs without the lock.
+// Moves a part whose read has ended to kReady or kFailed; checksum and transform run without the lock.
 void ExpertCache::finish(Lock& lock, int index, int number) {
   Slot& slot = slots_[at(index)];
   Part& part = slot.parts[number];
@@ -425,9 +426,9 @@ std::string ExpertCache::verify(std::size_t key, int part, const std::byte* data
          std::to_string(extent.offset) + " is wrong";
 }
 
-// Does, or waits for, one thing that frees a staging buffer or a slot; for settle() also what merely makes a
-// part ready. False: there is nothing under way.
-bool ExpertCache::progress(Lock& lock, bool settling) {
+// Does, or waits for, one step that frees a staging buffer or a slot; when draining, also one that merely
+// makes a part ready. False: no read or transform is under way.
+bool ExpertCache::progress(Lock& lock, bool draining) {
   pump();
   Read* pending = nullptr;
   bool finishing = false;
@@ -439,13 +440,13 @@ bool ExpertCache::progress(Lock& lock, bool settling) {
       finishing = finishing || stage == Stage::kFinishing;
       if (stage != Stage::kReading) continue;
       if (part.read.pending()) {
-        // Better one that nobody has requested: it ends with a slot to take.
+        // Preferably one that is not requested: its end frees a slot.
         if (pending == nullptr || !slot.pinned.load(std::memory_order_relaxed)) pending = &part.read;
       } else if (slot.key < 0) {
         free_staging(part);
         part.stage.store(Stage::kEmpty, std::memory_order_relaxed);
         pump();
-      } else if (settling || part.staging >= 0) {
+      } else if (draining || part.staging >= 0) {
         finish(lock, i, j);
         return true;
       }
@@ -453,7 +454,7 @@ bool ExpertCache::progress(Lock& lock, bool settling) {
   }
   if (pending != nullptr) {
     lock.unlock();
-    reader_.wait(*pending);  // reads live as long as the cache, so it may safely become another one meanwhile
+    reader_.wait(*pending);  // its Read lives as long as the cache, even if it is reused meanwhile
     lock.lock();
   } else if (finishing) {
     changed_.wait(lock);
@@ -464,16 +465,16 @@ bool ExpertCache::progress(Lock& lock, bool settling) {
 void ExpertCache::release(int layer) {
   if (layer < 0 || layer >= layout_.layers) refuse("there is no layer " + std::to_string(layer));
   const Lock lock(mutex_);
-  for (const std::size_t key : wanted_of_[at(layer)]) {
-    wanted_[key] = 0;
-    --wanted_count_;
+  for (const std::size_t key : requested_of_[at(layer)]) {
+    requested_[key] = 0;
+    --requested_count_;
     const int index = slot_of_[key].load(std::memory_order_relaxed);
     if (index < 0) continue;
     Slot& slot = slots_[at(index)];
     slot.pinned.store(false, std::memory_order_relaxed);
     if (broken(slot) && !busy(slot)) empty(index);
   }
-  wanted_of_[at(layer)].clear();
+  requested_of_[at(layer)].clear();
 }
 
 int ExpertCache::speculate(int layer, std::span<const std::int32_t> experts) {
@@ -481,8 +482,8 @@ int ExpertCache::speculate(int layer, std::span<const std::int32_t> experts) {
   int begun = 0;
   for (const std::int32_t expert : experts) {
     const std::size_t key = key_of(layer, expert);
-    if (reader_.unfinished() > reader_.depth() || !starved_.empty()) break;
-    if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || wanted_[key] != 0) continue;
+    if (reader_.unfinished() > reader_.depth() || !unstaged_.empty()) break;
+    if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || requested_[key] != 0) continue;
     const int slot = assign(key, history_.first_of_last_pass());
     if (slot < 0) break;
     slots_[at(slot)].speculative = true;
@@ -498,7 +499,7 @@ int ExpertCache::warm(std::span<const ExpertKey> experts) {
   int begun = 0;
   for (const ExpertKey& one : experts) {
     const std::size_t key = key_of(one.layer, one.expert);
-    if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || wanted_[key] != 0) continue;
+    if (slot_of_[key].load(std::memory_order_relaxed) >= 0 || requested_[key] != 0) continue;
     const int slot = assign(key, kOnlyEmpty);
     if (slot < 0) break;
     ++begun;
@@ -507,7 +508,7 @@ int ExpertCache::warm(std::span<const ExpertKey> experts) {
   return begun;
 }
 
-void ExpertCache::settle() {
+void ExpertCache::drain() {
   Lock lock(mutex_);
   while (progress(lock, true)) {
   }
@@ -542,7 +543,7 @@ bool ExpertCache::in_memory(int layer, int expert) const {
 }
 
 std::size_t ExpertCache::memory_bytes() const {
-  const std::size_t keys = wanted_.size();
+  const std::size_t keys = requested_.size();
   return at(slot_count_) * (layout_.slot_bytes + sizeof(Slot) + parts_ * sizeof(Part)) +
          (options_.transform ? at(options_.staging_buffers) * staging_bytes_ : 0) +
          keys * (parts_ * (sizeof(ExpertExtent) + sizeof(std::uint64_t)) + 48);

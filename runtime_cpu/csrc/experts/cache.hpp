@@ -1,13 +1,13 @@
-// Experts in a fixed amount of memory, read from the file as they are asked for. It only moves bytes: what
-// is computed never depends on its size, its policy or the order in which reads end.
+// Experts in a fixed amount of memory, read from the file on request. It only moves bytes: what is computed
+// never depends on its size, its policy or the order in which reads end.
 //
 //   ExpertCache cache(reader, layout, memory);
-//   cache.request(layer, experts);      // once the router has spoken; starts reads, never blocks
-//   cache.wait(layer, expert, part);    // by any compute thread: the address, once the part is there
+//   cache.request(layer, experts);      // once the router has chosen; starts reads, never blocks
+//   cache.wait(layer, expert, part);    // by any compute thread: the address, once the part is in memory
 //   cache.release(layer);               // after all waits of the layer have returned
 //
-// An expert lies in one slot and has one or more parts, which are read in order (gate first, so that work can
-// begin): of one request first all gates, then all second parts. From request to release its experts are
+// An expert occupies one slot and has one or more parts, which are read in order (gate first, so that work
+// can begin): of one request first all gates, then all second parts. From request to release its experts are
 // pinned: their slots are neither evicted nor reused, and neither is a slot with a read in flight. A part
 // that could not be read, or whose checksum is wrong, makes every wait() for it throw until the layer is
 // released; the next request reads it again.
@@ -47,7 +47,7 @@ struct ExpertUse {
   std::span<const std::int32_t> rows;
 };
 
-// Where one part of one expert lies in the file.
+// The bytes of one part of one expert in the file.
 struct ExpertExtent {
   std::uint64_t offset = 0;
   std::size_t bytes = 0;
@@ -70,8 +70,8 @@ struct ExpertLayout {
   std::vector<float> prior;              // [layers][experts], share of tokens that use it; none: unknown
 };
 
-// Brings a part from the form it has in the file to the form it has in the slot. Runs once per read, in a
-// compute thread that waits for it; an exception becomes the error of the waits.
+// Converts a part from its form in the file, `staged`, to its form in the slot, `place`. Runs once per read,
+// in a compute thread that waits for it; an exception becomes the error of the waits.
 using PartTransform = std::function<void(ExpertKey key, int part, const std::byte* staged, std::byte* place)>;
 
 struct CacheOptions {
@@ -82,14 +82,14 @@ struct CacheOptions {
 
 struct CacheCounters {
   std::uint64_t hits = 0;    // requests that found the expert in memory
-  std::uint64_t joined = 0;  // requests that found it on its way
+  std::uint64_t joined = 0;  // requests that found it being read
   std::uint64_t misses = 0;
   std::uint64_t evictions = 0;
   std::uint64_t speculated = 0;  // experts that speculate() began to read
   std::uint64_t speculated_used = 0;
-  std::uint64_t speculated_wasted = 0;  // evicted or given up unused
+  std::uint64_t speculated_wasted = 0;  // evicted or cancelled unused
   std::uint64_t failures = 0;           // parts
-  std::uint64_t bytes_read = 0;         // by the reader, for whomever
+  std::uint64_t bytes_read = 0;         // by the reader, for all its users
   double waited_s = 0.0;  // in wait() for what was not ready, summed over threads; includes transforms
 };
 
@@ -106,23 +106,24 @@ class ExpertCache {
   ExpertCache& operator=(ExpertCache&&) = delete;
 
   // Adds to what is pinned of the layer. EngineError, before anything has changed, when more experts would be
-  // pinned than there are slots: a batch that needs more comes in waves.
+  // pinned than there are slots: a batch that needs more requests and releases them in turns.
   void request(int layer, std::span<const ExpertUse> uses, std::int64_t rows);
   void request(int layer, std::span<const std::int32_t> experts);  // of a single token
+  // The part's bytes, until release().
   const std::byte* wait(int layer, int expert, int part);
   void release(int layer);
 
-  // Begins to read experts that may be wanted, as long as the reader's queue is short and there are slots
-  // that are empty or were last used before the previous token. Until its layer has had its turn, a guess is
-  // given up only when nothing else can be. Returns how many reads of experts began.
+  // Begins to read experts that may be requested next, as long as the reader's queue is short and there are
+  // slots that are empty or were last used before the previous token. Until its layer has been computed, such
+  // an expert is evicted only when no other can be. Returns how many experts' reads began.
   int speculate(int layer, std::span<const std::int32_t> experts);
-  // Begins to read experts, in this order, into empty slots. Urgent reads overtake them.
+  // Begins to read experts, in this order, into empty slots. Requested ones are read first.
   int warm(std::span<const ExpertKey> experts);
-  // Waits for all reads, also those that nobody has requested, and runs their transforms.
-  void settle();
+  // Waits for all reads, also of experts that are not requested, and runs their transforms.
+  void drain();
   std::vector<ExpertKey> by_popularity() const;  // for warm(); by the layout's prior, most used first
 
-  bool in_memory(int layer, int expert) const;  // or on its way
+  bool in_memory(int layer, int expert) const;  // or being read
   bool ready(int layer, int expert) const;      // every part: wait() would not block
   int slots() const { return slot_count_; }
   std::size_t memory_bytes() const;  // slots, staging buffers and bookkeeping
@@ -141,7 +142,7 @@ class ExpertCache {
   struct Slot {
     std::int64_t key = -1;
     std::atomic<bool> pinned{false};
-    bool speculative = false;  // and not used so far
+    bool speculative = false;  // read by speculate() and not requested so far
     Part* parts = nullptr;
   };
   struct FreeMemory {
@@ -157,7 +158,7 @@ class ExpertCache {
   bool busy(const Slot& slot) const;
   bool broken(const Slot& slot) const;
   int take_slot(std::int64_t used_before);
-  bool give_up_unstarted();
+  bool cancel_unstarted();
   void empty(int slot);
   void detach(int slot);
   int assign(std::size_t key, std::int64_t used_before);
@@ -166,7 +167,7 @@ class ExpertCache {
   void pump();
   void free_staging(Part& part);
   void finish(Lock& lock, int slot, int part);
-  bool progress(Lock& lock, bool settling);
+  bool progress(Lock& lock, bool draining);
   std::string verify(std::size_t key, int part, const std::byte* data) const;
 
   FileReader& reader_;
@@ -180,16 +181,16 @@ class ExpertCache {
   std::unique_ptr<std::byte, FreeMemory> staging_;
   std::vector<int> free_staging_;
 
-  mutable std::mutex mutex_;  // everything below, but for what is atomic
+  mutable std::mutex mutex_;  // of everything below that is not atomic
   std::condition_variable changed_;
   UseHistory history_;
   std::unique_ptr<Part[]> part_storage_;
   std::unique_ptr<Slot[]> slots_;
   std::unique_ptr<std::atomic<std::int32_t>[]> slot_of_;  // per key; -1: in no slot
-  std::vector<char> wanted_;                              // per key: requested and not released
-  std::vector<std::vector<std::size_t>> wanted_of_;       // keys per layer
-  int wanted_count_ = 0;
-  std::deque<std::pair<int, int>> starved_;  // slot and part that wait for a staging buffer
+  std::vector<char> requested_;                           // per key: requested and not released
+  std::vector<std::vector<std::size_t>> requested_of_;    // keys per layer
+  int requested_count_ = 0;
+  std::deque<std::pair<int, int>> unstaged_;  // slot and part that wait for a staging buffer
   CacheCounters counters_;
 };
 

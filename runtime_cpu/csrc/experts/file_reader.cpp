@@ -40,13 +40,13 @@ Page make_page() {
 
 }  // namespace
 
-// What one call of the system is asked for, and what the test's fault makes of it.
+// One system call, and the fault that a test injects into it.
 struct FileReader::Attempt {
   std::uint64_t offset = 0;
   std::size_t bytes = 0;
   std::byte* destination = nullptr;
-  std::size_t most = SIZE_MAX;
-  int error = 0;
+  std::size_t most = SIZE_MAX;  // bytes of the result that count
+  int error = 0;                // instead of the call
 };
 
 class FileReader::Ring {
@@ -75,7 +75,7 @@ class FileReader::Ring {
   };
 
   int event = -1;
-  std::uint64_t counter = 0;  // what the kernel reads from the event
+  std::uint64_t counter = 0;  // where the kernel stores the event's value
   IoRing ring;
   std::vector<Flight> flights;
 };
@@ -126,11 +126,11 @@ void FileReader::open_descriptor() {
   }
   file_bytes_ = static_cast<std::uint64_t>(status.st_size);
 #if defined(POSIX_FADV_RANDOM)
-  ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM);  // no readahead into a cache that we do not use
+  ::posix_fadvise(descriptor_, 0, 0, POSIX_FADV_RANDOM);  // no readahead into a page cache that is not used
 #endif
 }
 
-// Replaces the descriptor by one for direct reads that has read a page, or says why not.
+// Replaces the descriptor by one with O_DIRECT that has read a page. Returns the reason if that fails.
 std::string FileReader::try_direct() {
 #if defined(__linux__)
   if (options_.refuse_direct) return "the file system refuses direct reads (a test says so)";
@@ -154,7 +154,7 @@ std::string FileReader::try_direct() {
 #endif
 }
 
-// Containers often forbid io_uring, some only at the first read.
+// Returns the reason if io_uring does not work. Containers often forbid it, some only at the first read.
 std::string FileReader::try_ring() {
   if (options_.refuse_ring) return "io_uring is not available (a test says so)";
   try {
@@ -178,14 +178,15 @@ std::string FileReader::try_ring() {
 void FileReader::start_threads() {
   const int count = ring_ != nullptr ? 1 : options_.depth;
   for (int i = 0; i < count; ++i) {
-    threads_.emplace_back([this] { ring_ != nullptr ? ring_forever() : read_forever(); });
+    threads_.emplace_back([this] { ring_ != nullptr ? ring_loop() : read_loop(); });
   }
 }
 
 FileReader::~FileReader() {
   close();
-  for (Read* read : now_) finish(*read, "the reader of " + path_ + " was closed before it began to read");
-  for (Read* read : later_) finish(*read, "the reader of " + path_ + " was closed before it began to read");
+  for (Read* read : demands_) finish(*read, "the reader of " + path_ + " was closed before it began to read");
+  for (Read* read : prefetches_)
+    finish(*read, "the reader of " + path_ + " was closed before it began to read");
   ring_.reset();
   ::close(descriptor_);
 }
@@ -200,7 +201,7 @@ void FileReader::close() noexcept {
   for (std::thread& thread : threads_) thread.join();
 }
 
-// Why a read cannot be tried at all, or nothing.
+// Why a read cannot be tried at all; empty if it can.
 std::string FileReader::refusal(const Read& read) const {
   const std::uint64_t reach = (file_bytes_ + kReadAlign - 1) / kReadAlign * kReadAlign;
   std::string why;
@@ -216,7 +217,7 @@ std::string FileReader::refusal(const Read& read) const {
          " of " + path_ + ": " + why;
 }
 
-void FileReader::submit(Read& read, Urgency urgency) {
+void FileReader::submit(Read& read, Priority priority) {
   read.error_ = refusal(read);
   if (!read.error_.empty()) {
     read.state_.store(Read::State::kFailed, std::memory_order_release);
@@ -226,40 +227,38 @@ void FileReader::submit(Read& read, Urgency urgency) {
   read.got_ = 0;
   read.stalls_ = 0;
   read.started_ = false;
-  read.later_ = urgency == Urgency::kLater;
+  read.prefetch_ = priority == Priority::kPrefetch;
   {
     const std::lock_guard lock(mutex_);
     read.state_.store(Read::State::kPending, std::memory_order_relaxed);
     unfinished_.fetch_add(1, std::memory_order_relaxed);
-    if (!read.later_) urgent_.fetch_add(1, std::memory_order_relaxed);
-    (read.later_ ? later_ : now_).push_back(&read);
+    (read.prefetch_ ? prefetches_ : demands_).push_back(&read);
   }
   work_.notify_one();
   if (ring_ != nullptr) ring_->signal();
 }
 
-void FileReader::hurry(Read& read) {
+void FileReader::promote(Read& read) {
   const std::lock_guard lock(mutex_);
-  if (!read.later_ || !read.pending()) return;
-  read.later_ = false;
-  urgent_.fetch_add(1, std::memory_order_relaxed);
+  if (!read.prefetch_ || !read.pending()) return;
+  read.prefetch_ = false;
   if (read.started_) {
-    --later_in_flight_;  // leaves room for another; the next submit or finish looks
+    --prefetches_in_flight_;  // leaves room for another prefetch, which the next submit or finish starts
     return;
   }
-  later_.erase(std::find(later_.begin(), later_.end(), &read));
-  now_.push_back(&read);
+  prefetches_.erase(std::find(prefetches_.begin(), prefetches_.end(), &read));
+  demands_.push_back(&read);
   work_.notify_one();
-  if (ring_ != nullptr) ring_->signal();  // the limit on later reads may have kept it waiting
+  if (ring_ != nullptr) ring_->signal();  // the limit on prefetches may have kept it waiting
 }
 
-bool FileReader::withdraw(std::span<Read* const> reads) {
+bool FileReader::cancel(std::span<Read* const> reads) {
   const std::lock_guard lock(mutex_);
   for (Read* read : reads) {
-    if (std::find(later_.begin(), later_.end(), read) == later_.end()) return false;
+    if (std::find(prefetches_.begin(), prefetches_.end(), read) == prefetches_.end()) return false;
   }
   for (Read* read : reads) {
-    later_.erase(std::find(later_.begin(), later_.end(), read));
+    prefetches_.erase(std::find(prefetches_.begin(), prefetches_.end(), read));
     read->state_.store(Read::State::kIdle, std::memory_order_release);
     unfinished_.fetch_sub(1, std::memory_order_relaxed);
   }
@@ -281,10 +280,8 @@ void FileReader::wait(const Read& read) {
 void FileReader::finish(Read& read, const std::string& error) {
   const std::lock_guard lock(mutex_);
   read.error_ = error;
-  if (!read.later_) {
-    urgent_.fetch_sub(1, std::memory_order_relaxed);
-  } else if (read.started_) {
-    --later_in_flight_;
+  if (read.prefetch_ && read.started_) {
+    --prefetches_in_flight_;
     work_.notify_one();
   }
   unfinished_.fetch_sub(1, std::memory_order_relaxed);
@@ -293,20 +290,21 @@ void FileReader::finish(Read& read, const std::string& error) {
   done_.notify_all();
 }
 
-// The next read to start; none: nothing may start now (or, when blocking, the reader closes).
+// The next read to start; null when none may start now (or, when blocking, when the reader closes).
 Read* FileReader::take(bool block) {
   std::unique_lock lock(mutex_);
-  const int most_later = std::max(1, options_.depth / 2);
+  const int most_prefetches = std::max(1, options_.depth / 2);
   const auto ready = [&] {
-    return stopping_ || !now_.empty() || (!later_.empty() && later_in_flight_ < most_later);
+    return stopping_ || !demands_.empty() ||
+           (!prefetches_.empty() && prefetches_in_flight_ < most_prefetches);
   };
   if (block) work_.wait(lock, ready);
   if (stopping_ || !ready()) return nullptr;
-  std::deque<Read*>& queue = now_.empty() ? later_ : now_;
+  std::deque<Read*>& queue = demands_.empty() ? prefetches_ : demands_;
   Read* read = queue.front();
   queue.pop_front();
   read->started_ = true;
-  if (read->later_) ++later_in_flight_;
+  if (read->prefetch_) ++prefetches_in_flight_;
   return read;
 }
 
@@ -322,7 +320,7 @@ FileReader::Attempt FileReader::prepare(Read& read) {
     if (fault.delay_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(fault.delay_us));
     attempt.error = fault.error;
     attempt.most = fault.most_bytes;
-    // What lies behind a short read is not read either, so that going on is tested.
+    // The bytes after a short read are not read either, so that a test of resuming would miss them.
     const std::size_t pages =
         std::max<std::size_t>(1, (std::min(fault.most_bytes, attempt.bytes) + kReadAlign - 1) / kReadAlign);
     attempt.bytes = std::min(attempt.bytes, pages * kReadAlign);
@@ -337,14 +335,15 @@ std::int64_t FileReader::perform(const Attempt& attempt) const {
   return got < 0 ? -errno : got;
 }
 
-// Takes in what an attempt brought. True: the read is finished and no longer ours.
+// Accounts for the result of an attempt: bytes, or minus errno. True: the read is finished, and its owner may
+// already have freed it.
 bool FileReader::advance(Read& read, const Attempt& attempt, std::int64_t result) {
   const std::uint64_t file_offset = read.offset + read.got_;
   const std::size_t before = read.got_;
   std::string error;
   if (result >= 0) {
-    const std::size_t brought = std::min(static_cast<std::size_t>(result), attempt.most);
-    read.got_ = static_cast<std::size_t>(attempt.offset - read.offset) + brought;
+    const std::size_t counted = std::min(static_cast<std::size_t>(result), attempt.most);
+    read.got_ = static_cast<std::size_t>(attempt.offset - read.offset) + counted;
     read.got_ = std::min(std::max(read.got_, before), read.needed_);
     bytes_read_.fetch_add(static_cast<std::uint64_t>(result), std::memory_order_relaxed);
     if (read.got_ == before && static_cast<std::size_t>(result) <= attempt.most) {
@@ -376,7 +375,7 @@ bool FileReader::advance(Read& read, const Attempt& attempt, std::int64_t result
   return true;
 }
 
-void FileReader::read_forever() {
+void FileReader::read_loop() {
   while (Read* read = take(true)) {
     while (true) {
       const Attempt attempt = prepare(*read);
@@ -385,7 +384,7 @@ void FileReader::read_forever() {
   }
 }
 
-void FileReader::ring_forever() {
+void FileReader::ring_loop() {
   IoRing& ring = ring_->ring;
   std::vector<Ring::Flight>& flights = ring_->flights;
   std::size_t in_flight = 0;
@@ -472,7 +471,7 @@ void FileReader::ring_forever() {
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
-  read_forever();
+  read_loop();
 }
 
 }  // namespace smallthinker

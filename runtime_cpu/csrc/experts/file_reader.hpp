@@ -2,7 +2,7 @@
 //
 //   auto reader = FileReader::open("model.gguf");
 //   Read read;
-//   read.aim(aligned_extent(offset, bytes), memory);   // the bytes will lie at memory + extent.lead
+//   read.set(aligned_extent(offset, bytes), memory);   // the bytes will be at memory + extent.lead
 //   reader->submit(read);
 //   reader->wait(read);                                // read.state() is kDone or kFailed
 //
@@ -37,7 +37,7 @@ inline constexpr std::size_t kReadAlign = 4096;
 struct AlignedExtent {
   std::uint64_t offset = 0;  // multiples of kReadAlign
   std::size_t bytes = 0;
-  std::size_t lead = 0;  // where the wanted bytes begin
+  std::size_t lead = 0;  // of the unaligned bytes within it
 };
 
 constexpr AlignedExtent aligned_extent(std::uint64_t offset, std::size_t bytes) {
@@ -45,12 +45,12 @@ constexpr AlignedExtent aligned_extent(std::uint64_t offset, std::size_t bytes) 
   return {offset - lead, (lead + bytes + kReadAlign - 1) / kReadAlign * kReadAlign, lead};
 }
 
-// One read; the caller keeps it, and its destination, alive and in place until it is finished.
+// One read; it and its destination [bytes] have to stay alive and in place until it is finished.
 class Read {
  public:
   enum class State : std::uint8_t { kIdle, kPending, kDone, kFailed };
 
-  void aim(const AlignedExtent& extent, std::byte* to) {
+  void set(const AlignedExtent& extent, std::byte* to) {
     offset = extent.offset;
     bytes = extent.bytes;
     destination = to;
@@ -70,8 +70,8 @@ class Read {
   std::string error_;
   std::size_t needed_ = 0;  // bytes that the file has in this range
   std::size_t got_ = 0;
-  int stalls_ = 0;      // attempts in a row that brought nothing
-  bool later_ = false;  // these two under the reader's mutex
+  int stalls_ = 0;         // attempts in a row that read no byte
+  bool prefetch_ = false;  // these two under the reader's mutex
   bool started_ = false;
 };
 
@@ -92,8 +92,8 @@ struct ReaderOptions {
 
 class FileReader {
  public:
-  // kLater reads start when no other waits, and fill at most half of the depth.
-  enum class Urgency { kNow, kLater };
+  // Prefetches start when no demanded read waits, and fill at most half of the depth.
+  enum class Priority { kDemand, kPrefetch };
 
   // Throws EngineError.
   static std::unique_ptr<FileReader> open(const std::string& path, const ReaderOptions& options = {});
@@ -105,19 +105,18 @@ class FileReader {
   FileReader& operator=(FileReader&&) = delete;
 
   // All of these may be called by any thread.
-  void submit(Read& read, Urgency urgency = Urgency::kNow);
-  void hurry(Read& read);  // a later read is wanted now
-  // Takes back reads of which none has started (true), or leaves them all alone.
-  bool withdraw(std::span<Read* const> reads);
+  void submit(Read& read, Priority priority = Priority::kDemand);
+  void promote(Read& read);  // a prefetch that is now demanded
+  // Cancels prefetches of which none has started (true), or none of them (false).
+  bool cancel(std::span<Read* const> reads);
   void wait(const Read& read);
 
-  int urgent() const { return urgent_.load(std::memory_order_relaxed); }          // queued or in flight
-  int unfinished() const { return unfinished_.load(std::memory_order_relaxed); }  // of both kinds
+  int unfinished() const { return unfinished_.load(std::memory_order_relaxed); }  // queued or in flight
   int depth() const { return options_.depth; }
   std::uint64_t file_bytes() const { return file_bytes_; }
   std::uint64_t bytes_read() const { return bytes_read_.load(std::memory_order_relaxed); }
   const std::string& backend() const { return backend_; }
-  // One sentence for the log on why the better backends were not taken, or nothing.
+  // One sentence for the log on why a better backend was not taken; empty if there is no better one.
   const std::string& reason() const { return reason_; }
 
  private:
@@ -135,8 +134,8 @@ class FileReader {
   bool advance(Read& read, const Attempt& attempt, std::int64_t result);
   void finish(Read& read, const std::string& error);
   Read* take(bool block);
-  void read_forever();
-  void ring_forever();
+  void read_loop();
+  void ring_loop();
   void close() noexcept;
 
   std::string path_;
@@ -150,11 +149,10 @@ class FileReader {
   std::mutex mutex_;
   std::condition_variable work_;  // for the reading threads
   std::condition_variable done_;  // for wait()
-  std::deque<Read*> now_;
-  std::deque<Read*> later_;
-  int later_in_flight_ = 0;
+  std::deque<Read*> demands_;
+  std::deque<Read*> prefetches_;
+  int prefetches_in_flight_ = 0;
   bool stopping_ = false;
-  std::atomic<int> urgent_{0};
   std::atomic<int> unfinished_{0};
   std::atomic<std::uint64_t> bytes_read_{0};
   std::unique_ptr<Ring> ring_;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr double kDecay = 0.99;  // of a record, per guess
 
-// A damaged file may give NaN, which has no place in an order.
+// A damaged file may give NaN, which no sort order has a place for.
 float sortable(float score) { return score == score ? score : -std::numeric_limits<float>::infinity(); }
 
 TileMatrix shape_of(const Hyperparameters& hyper) {

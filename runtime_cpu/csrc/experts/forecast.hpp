@@ -1,9 +1,9 @@
-// Which experts the layers to come will want, so that the disk can bring them before they are asked for.
+// Which experts the next layers will probably choose, so that they can be read before they are requested.
 //
 // Routers read the raw residual stream, which changes little from layer to layer: the routers of the next
 // layers, applied to the stream as it enters this one, already name most of what they will choose. How often
-// a guess of a rank and a distance was right is learnt from the text. The routers are kept a second time as
-// Q4_0 tiles, a seventh of the bytes and nearly as right (docs/log.md).
+// a guess of a rank and a distance was right is learnt while the text is computed. The routers are kept a
+// second time as Q4_0 tiles, a seventh of the bytes and nearly as right (docs/log.md).
 //
 //   kernels.tiles(forecast.router(layer + d), ..., forecast.logits(d), ...);  // on what enters `layer`
 //   forecast.learn(layer, chosen);                                            // by its own router
@@ -23,7 +23,7 @@ namespace smallthinker {
 
 struct ExpertGuess {
   std::int32_t expert = 0;
-  double worth = 0.0;  // share of such guesses that were right
+  double probability = 0.0;  // share of such guesses that were right
 };
 
 class ExpertForecast {
@@ -35,12 +35,13 @@ class ExpertForecast {
   static std::size_t bytes(const Hyperparameters& hyper);
 
   const TileMatrix& router(std::int64_t layer) const { return routers_[static_cast<std::size_t>(layer)]; }
+  // [experts], of the layer that many further on.
   float* logits(std::int64_t distance) { return logits_.data() + (distance - 1) * experts_; }
 
-  // The experts that a layer chose. Layer 0 begins a pass: what was guessed before is forgotten.
+  // The experts that a layer chose. Layer 0 begins a pass: guesses of the one before are dropped.
   void learn(std::int64_t layer, std::span<const std::int32_t> chosen);
-  // From logits(distance): what the layer `distance` after `layer` will choose and `in_memory` denies, most
-  // probable first. Valid until the next call.
+  // From logits(distance): what the layer `distance` after `layer` will choose and for which `in_memory` is
+  // false, most probable first. Valid until the next call.
   std::span<const ExpertGuess> missing(std::int64_t layer, std::int64_t distance,
                                        const std::function<bool(std::int32_t)>& in_memory);
 

@@ -78,7 +78,7 @@ void IoRing::unmap() {
 
 bool IoRing::prepare_read(int descriptor, void* memory, std::size_t bytes, std::uint64_t offset,
                           std::uint64_t tag) {
-  const unsigned tail = *submission_tail_;  // ours alone to write
+  const unsigned tail = *submission_tail_;  // only this thread writes it
   if (tail - load_index(submission_head_) > submission_mask_) return false;
   const unsigned place = tail & submission_mask_;
   io_uring_sqe entry{};

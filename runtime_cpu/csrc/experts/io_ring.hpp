@@ -23,8 +23,8 @@ class IoRing {
   IoRing& operator=(IoRing&&) = delete;
 
   bool prepare_read(int descriptor, void* memory, std::size_t bytes, std::uint64_t offset, std::uint64_t tag);
-  // Submits what is prepared and waits for `completions`. Returns 0 or the errno that says the ring is of no
-  // more use; interruptions and shortages are retried.
+  // Submits the prepared reads and waits for `completions`. Returns 0, or the errno after which the ring
+  // cannot be used any more; interruptions and shortages are retried.
   int enter(unsigned completions);
   bool reap(std::uint64_t* tag, std::int32_t* result);
   // Takes back the last prepared read that the kernel has not seen; false when there is none.

@@ -24,9 +24,9 @@ double frequency_by_age(const UseHistory& history, std::size_t key) {
   return history.frequency(key) / age(history, key);
 }
 
-// The same, where the age goes on to the layer's next turn: of two experts alike, the one whose layer comes
-// sooner stays. A prompt uses nearly all experts of every layer in turn: what its pass has yet to come to
-// stays, and of the rest what its text uses most.
+// The same, with the age at the time when the expert's layer is computed next: of two experts alike, the one
+// whose layer comes sooner stays. A prompt uses nearly all experts of every layer: those of layers that its
+// pass has yet to compute stay, and of the rest those that its text uses most.
 double frequency_by_turn(const UseHistory& history, std::size_t key) {
   if (history.sweeping()) {
     const double share = frequency_by_age(history, key);
@@ -36,8 +36,8 @@ double frequency_by_turn(const UseHistory& history, std::size_t key) {
   return history.frequency(key) / (age(history, key) + until_turn);
 }
 
-// After SpecMD (arXiv 2602.03921): first those that this pass has not used, and of these the ones whose layer
-// has its next turn last; the older among equals.
+// After SpecMD (arXiv 2602.03921): evicted first are those that this pass has not used, and of these the ones
+// whose layer is computed last; the older among equals.
 double least_stale(const UseHistory& history, std::size_t key) {
   const int turn = history.layers() - history.distance(key);
   const bool stale = history.last_token(key) < history.first_of_pass();
@@ -57,9 +57,9 @@ UseHistory::UseHistory(int layers, int experts, std::span<const float> prior)
   if (prior.empty()) return;
   if (prior.size() != entries_.size()) throw EngineError("expert popularity has the wrong number of values");
   for (std::size_t i = 0; i < prior.size(); ++i) {
-    // A share above 1, below 0 or not a number comes from a damaged file; it may only cost speed.
+    // A share above 1, below 0 or NaN comes from a damaged file; it may only cost speed.
     const double share = prior[i] > 0.0F ? std::min(static_cast<double>(prior[i]), 0.999) : 0.0;
-    entries_[i].count = share / (1.0 - kFrequencyDecay);  // where such an expert's count settles
+    entries_[i].count = share / (1.0 - kFrequencyDecay);  // the limit of such an expert's count
     entries_[i].last_use = share;
   }
 }

@@ -1,10 +1,10 @@
-// Which expert a full cache gives up: a history of uses, and one number per expert computed from it.
+// Which expert a full cache evicts: a history of uses, and one number per expert computed from it.
 //
 //   UseHistory history(layers, experts, prior);
 //   history.begin(layer);  history.use(key);              // key = layer * experts + expert
-//   find_policy("lru").worth(history, key)                // the lowest of the evictable ones goes
+//   find_policy("lru").utility(history, key)                // the least of the evictable ones is evicted
 //
-// docs/log.md holds the measurements behind kDefaultPolicy; tests/replay.cpp repeats them.
+// docs/log.md holds the measurements behind kDefaultPolicy; csrc/tools/replay_routes.cpp repeats them.
 #pragma once
 
 #include <cstdint>
@@ -38,8 +38,9 @@ class UseHistory {
   double last_use(std::size_t key) const { return entries_[key].last_use; }
   // Uses, each counting 0.99 per token that has passed since; begins at what the prior amounts to.
   double frequency(std::size_t key) const { return entries_[key].count / unit_; }
+  // Whether the pass under way has yet to compute the expert's layer.
   bool to_come(std::size_t key) const { return layer_of(key) > layer_; }
-  // Layers from the current one until this one has its turn: 1 to `layers`.
+  // Layers from the current one until the expert's is computed next: 1 to `layers`.
   int distance(std::size_t key) const;
   int layers() const { return layers_; }
 
@@ -64,7 +65,7 @@ class UseHistory {
 
 struct CachePolicy {
   const char* name;
-  double (*worth)(const UseHistory& history, std::size_t key);
+  double (*utility)(const UseHistory& history, std::size_t key);
 };
 
 std::span<const CachePolicy> cache_policies();

@@ -9,7 +9,7 @@ namespace smallthinker {
 namespace {
 
 constexpr int kStagingBuffers = 4;
-constexpr std::size_t kForgetEvery = 32;  // experts: what their loading has mapped is let go
+constexpr std::size_t kForgetEvery = 32;  // experts, after which the mapping's pages are dropped
 constexpr int kReadDepth = 4;
 
 int narrow(std::int64_t value) { return static_cast<int>(value); }
@@ -66,7 +66,7 @@ void ExpertStore::open_cache(const ExpertStoreOptions& options, std::size_t slot
     layout.parts = {{0, gate}, {gate, rest}};
     layout.checksums = model_->checksums;
   } else {
-    // The room of a part is where a stock file's matrix goes, together with the other: see the transform.
+    // Up and down of a stock file are read one by one, but both are packed into the room of the two together.
     const std::size_t half = ExpertShape::whole_pages(rest / 2);
     layout.parts = {{0, gate}, {gate, half}, {gate + half, rest - half}};
     cache.transform = [this, gate, half](ExpertKey at, int part, const std::byte* staged, std::byte* place) {
@@ -101,7 +101,7 @@ void ExpertStore::open_cache(const ExpertStoreOptions& options, std::size_t slot
   if (!model_->expert_frequency.empty()) cache_->warm(cache_->by_popularity());
 }
 
-std::int64_t ExpertStore::most_of_one_request() const {
+std::int64_t ExpertStore::request_limit() const {
   return cache_ != nullptr ? cache_->slots() : model_->hyper.experts;
 }
 
@@ -128,20 +128,20 @@ void ExpertStore::speculate(std::int64_t layer, std::span<const std::int32_t> ex
 
 const std::byte* ExpertStore::gate(std::int64_t layer, std::int64_t expert) {
   if (cache_ != nullptr) return cache_->wait(narrow(layer), narrow(expert), 0);
-  return at_once(key(layer, expert));
+  return copy_or_mapping(key(layer, expert));
 }
 
 const std::byte* ExpertStore::whole(std::int64_t layer, std::int64_t expert) {
-  if (cache_ == nullptr) return at_once(key(layer, expert));
+  if (cache_ == nullptr) return copy_or_mapping(key(layer, expert));
   for (int part = 1; part < parts_; ++part) cache_->wait(narrow(layer), narrow(expert), part);
   return cache_->wait(narrow(layer), narrow(expert), 0);
 }
 
-// The copy, or until there is one the file's own bytes, where computing can read them: fresh memory may come
-// as slowly as a disk.
-const std::byte* ExpertStore::at_once(std::size_t key) {
+// The copy, or until there is one the file's own bytes where their layout allows it: the first touch of fresh
+// memory can be as slow as a disk.
+const std::byte* ExpertStore::copy_or_mapping(std::size_t key) {
   if (states_[key].load(std::memory_order_acquire) == State::kReady) return place(key);
-  const std::byte* const there = in_file(key);
+  const std::byte* const there = mapped(key);
   if (there == nullptr) return loaded(key);
   once(verified_[key], [&] { verify(key, there); });
   return there;
@@ -152,7 +152,7 @@ const std::byte* ExpertStore::loaded(std::size_t key) {
   return place(key);
 }
 
-// Whoever comes first acts and the others wait; after an exception the next one tries again.
+// As std::call_once: the first thread acts and the others wait; after an exception the next one tries again.
 template <typename Act>
 void ExpertStore::once(std::atomic<State>& state, const Act& act) {
   while (true) {
@@ -177,8 +177,9 @@ void ExpertStore::once(std::atomic<State>& state, const Act& act) {
   }
 }
 
-// Nothing when the file has another layout.
-const std::byte* ExpertStore::in_file(std::size_t key) const {
+// The expert's bytes [ExpertShape::bytes()] in the mapped file; null if the file holds stock rows, which have
+// to be packed first, or if the mapping is not aligned to pages.
+const std::byte* ExpertStore::mapped(std::size_t key) const {
   if (!model_->packed) return nullptr;
   const auto experts = static_cast<std::size_t>(model_->hyper.experts);
   const std::byte* expert = model_->packed_expert(static_cast<std::int64_t>(key / experts),
@@ -220,7 +221,7 @@ void ExpertStore::load_in_background() {
     try {
       loaded(key);
     } catch (const EngineError&) {
-      continue;  // whoever needs it hears of it
+      continue;  // the thread that needs this expert tries again and reports the error
     }
     if (key % kForgetEvery == kForgetEvery - 1) model_->forget_pages();
   }

@@ -104,7 +104,7 @@ NeuronCounts ExpertPass::run(std::int64_t layer, const Routing& routing, const E
     ~Release() { store.release(layer); }
   };
   // A cache without slots for all of them takes them in turns.
-  const auto room = static_cast<std::size_t>(store.most_of_one_request());
+  const auto room = static_cast<std::size_t>(store.request_limit());
   for (std::size_t begin = 0; begin < demand.experts.size(); begin += room) {
     const std::size_t end = std::min(begin + room, demand.experts.size());
     std::vector<std::int32_t> experts(demand.experts.begin() + static_cast<std::ptrdiff_t>(begin),

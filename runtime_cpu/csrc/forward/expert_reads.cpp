@@ -25,7 +25,7 @@ ExpertDemand ExpertReads::request(std::int64_t layer, const Routing& routing) {
   for (std::int32_t e = 0; e < hyper_.experts; ++e) {
     if (routing.slot_count(e) > 0) demand.experts.push_back(e);
   }
-  demand.requested = static_cast<std::int64_t>(demand.experts.size()) <= store_.most_of_one_request();
+  demand.requested = static_cast<std::int64_t>(demand.experts.size()) <= store_.request_limit();
   if (!demand.requested) return demand;
   request_experts(store_, layer, demand.experts, routing);
   // A prompt uses nearly all experts of every layer, so the next layer will want these experts too.
@@ -43,15 +43,15 @@ void ExpertReads::add_forecast(std::int64_t layer, const Activations& x, Product
 // The nearest layer first. A wrong guess costs nothing on an idle disk, and on a busy one as much time as a
 // right guess saves.
 void ExpertReads::read_ahead(std::int64_t layer, const Routing& routing) {
-  constexpr double kWorthIdle = 0.45;
-  constexpr double kWorthBusy = 0.9;
+  constexpr double kLeastIdle = 0.45;
+  constexpr double kLeastBusy = 0.9;
   forecast_->learn(layer, routing.experts_of(0));
   const std::int64_t reach = std::min(ExpertForecast::kReach, hyper_.layers - 1 - layer);
   for (std::int64_t distance = 1; distance <= reach; ++distance) {
     const std::int64_t next = layer + distance;
     const auto in_memory = [&](std::int32_t expert) { return store_.in_memory(next, expert); };
     for (const ExpertGuess& guess : forecast_->missing(layer, distance, in_memory)) {
-      if (guess.worth >= (store_.idle() ? kWorthIdle : kWorthBusy))
+      if (guess.probability >= (store_.idle() ? kLeastIdle : kLeastBusy))
         store_.speculate(next, {&guess.expert, 1});
     }
   }

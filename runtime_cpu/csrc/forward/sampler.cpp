@@ -18,7 +18,7 @@ constexpr double kMostFactor = 1e30;             // 1 / temperature: 0 times thi
 constexpr double kLeastExponent = -90.0;         // of a weight that fp32 can hold
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// No number counts as the least.
+// NaN sorts as the least.
 float order_key(float logit) { return std::isnan(logit) ? kNone : logit; }
 
 auto better(std::span<const float> logits) {
@@ -92,7 +92,7 @@ double Sampler::measure(Row& row) {
     const float peak = *std::max_element(maxima, maxima + (size + kLogitRun - 1) / kLogitRun);
     const auto at = static_cast<std::size_t>(chunk);
     peaks[at] = peak;
-    // Its own greatest one is a chunk's zero, so that the row is read once.
+    // Exponents are relative to the chunk's own greatest logit, so that the row is read once.
     const float shift = std::isfinite(peak) ? peak : 0.0F;
     sums_[at] = static_cast<double>(kernels_->exp_weights(x, size, shift, 1.0F, 0.0F, nullptr));
   });
@@ -185,8 +185,8 @@ Sampler::Mass Sampler::mass_from(const Row& row, float bound) {
   return all;
 }
 
-// The shortest front of the order whose sum or count reaches `goal`. Bounds are halved until few logits lie
-// between one that is too high and one that is low enough; those are sorted.
+// The shortest front of the order whose sum or count reaches `goal`: bisection between a bound that is too
+// high and one that is low enough, until few logits are between them; those are sorted.
 Sampler::Cut Sampler::find_cut(const Row& row, double goal, double Mass::* amount) {
   const auto reach = static_cast<float>(static_cast<double>(row.peak) + kLeastExponent * temperature());
   float low = std::max(reach, std::numeric_limits<float>::lowest());

@@ -2,7 +2,7 @@
 // min-p, top-k, top-p, then one draw.
 //
 // Each of min-p, top-k and top-p keeps the front of one order: greater logits first, lower ids among equals.
-// So nothing is sorted: a few logits above a bound are, or the bound itself is searched for.
+// So a row is never sorted whole: only the few logits above a bound are, or the bound itself is searched for.
 //
 // Randomness is xoshiro256** (Blackman and Vigna) seeded by four steps of splitmix64: one 64-bit number per
 // token, its upper 53 bits as a fraction in [0, 1). The same seed, logits, options and kernels give the same

@@ -74,7 +74,8 @@ Session::Session(const KvLayout& layout, const Hyperparameters& hyper) : layout_
     offsets_.push_back(total);
     total += layout_.layer_bytes(static_cast<std::int64_t>(i));
   }
-  // Zero pages that the system hands out when they are first written: an unused context costs nothing.
+  // Pages of zeros, which the system allocates when they are first written: an unused context costs no
+  // memory.
   memory_.reset(static_cast<std::byte*>(std::calloc(total, 1)));
   if (memory_ == nullptr) {
     throw EngineError("there is no memory for a KV cache of " + std::to_string(total) +

@@ -69,7 +69,7 @@ class Session {
   // The end of the positions from `begin` on that are contiguous in memory (a ring wraps around), at most
   // `end`.
   std::int64_t contiguous(std::int64_t layer, std::int64_t begin, std::int64_t end) const;
-  // Contiguous positions [begin, end); of keys, the tiles that they lie in.
+  // Contiguous positions [begin, end); of keys, the tiles that hold them.
   KvRows keys(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
   KvRows values(std::int64_t layer, std::int64_t head, std::int64_t begin, std::int64_t end) const;
 

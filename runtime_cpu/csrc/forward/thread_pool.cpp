@@ -15,7 +15,7 @@ void relax() {
 #if defined(SMALLTHINKER_X86)
   _mm_pause();
 #elif defined(SMALLTHINKER_ARM64)
-  // `yield` does nothing on most cores; waiting for the pipeline to drain leaves the line to its writer.
+  // `yield` does nothing on most cores; `isb` drains the pipeline, which leaves the cache line to its writer.
   __asm__ volatile("isb" ::: "memory");
 #else
   std::this_thread::yield();
@@ -26,7 +26,7 @@ void relax() {
 
 ThreadPool::ThreadPool(int threads) {
   try {
-    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work_forever(i); });
+    for (int i = 1; i < threads; ++i) workers_.emplace_back([this, i] { work_loop(i); });
   } catch (...) {
     stopping_.store(true);
     {
@@ -97,7 +97,7 @@ std::uint64_t ThreadPool::wait_for_job(std::uint64_t seen) {
   return ticket_.load() >> 32U;
 }
 
-void ThreadPool::work_forever(int thread) {
+void ThreadPool::work_loop(int thread) {
   std::uint64_t seen = 0;
   while (true) {
     seen = wait_for_job(seen);

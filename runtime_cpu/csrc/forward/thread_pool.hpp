@@ -2,9 +2,8 @@
 //
 //   pool.run(pieces, [&](std::int64_t piece, int thread) { ... });   // returns when all are done
 //
-// Pieces are claimed one by one, and the caller waits for claimed pieces only, never for a thread to show up:
-// a worker whose core was taken away costs nothing but its own help. Idle workers spin shortly, yield, then
-// sleep.
+// Pieces are claimed one by one, and the caller waits for claimed pieces only, never for a thread to arrive:
+// a worker that is preempted costs only its own share. Idle workers spin shortly, yield, then sleep.
 #pragma once
 
 #include <atomic>
@@ -49,7 +48,7 @@ class ThreadPool {
 
   void dispatch(std::int64_t pieces, Function function, const void* context);
   bool claim_one(int thread);
-  void work_forever(int thread);
+  void work_loop(int thread);
   std::uint64_t wait_for_job(std::uint64_t seen);
 
   // Job number in the upper half, pieces left in the lower: a stale claim cannot take from a new job.

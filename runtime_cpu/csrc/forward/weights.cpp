@@ -110,8 +110,7 @@ Linear Weights::load(const Linear& from, const Kernels& kernels, ThreadPool& poo
   if (!becomes_tiles(from, kernels)) {
     linear.stock = from.stock;
     if (!plan.packed_experts) return linear;
-    // Beside a budget's worth of experts, what stays in the page cache only would be pushed out token by
-    // token.
+    // Under a memory budget, weights that are in the page cache only would be evicted token by token.
     std::memcpy(next_, from.stock.data, stock_bytes(from.stock));
     linear.stock.data = next_;
     next_ += copied_bytes(from.stock);
@@ -137,7 +136,7 @@ Linear Weights::load(const Linear& from, const Kernels& kernels, ThreadPool& poo
   return linear;
 }
 
-// Named rows are read alone: a tile would bring fifteen others along.
+// The head's rows stay rows, because named ones are read one by one: a tile holds fifteen others.
 Matrix Weights::load_rows(const Linear& from, ThreadPool& pool) {
   Matrix rows = rows_of(from);
   std::byte* const out = next_;

@@ -23,7 +23,7 @@ struct LayerWeights {
   Linear query, key, value, output, router;
 };
 
-// What `kernels` make of a model.
+// Which matrices of a model are copied, packed or left in the file for some kernels.
 struct WeightPlan {
   WeightPlan(const Model& model, const Kernels& kernels, bool offload, bool predictor);
 
@@ -31,7 +31,7 @@ struct WeightPlan {
   ExpertShape expert;
   std::size_t dense_bytes = 0;       // copied: tiles, and beside packed experts every other matrix
   std::size_t expert_bytes = 0;      // of every expert, when packed
-  std::size_t mapped_bytes = 0;      // read where they lie in the file
+  std::size_t mapped_bytes = 0;      // computed with in the mapped file
   std::int64_t predictor_width = 0;  // 0: the head is computed whole
 };
 
@@ -47,7 +47,8 @@ class Weights {
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // when packed
 
-  void embedding(std::int64_t token, float* out) const;  // EngineError: it cannot be read
+  // The token's row to out [hidden]. EngineError when it cannot be read.
+  void embedding(std::int64_t token, float* out) const;
 
  private:
   Linear load(const Linear& from, const Kernels& kernels, ThreadPool& pool);

@@ -1,5 +1,5 @@
 // Attention over 8-bit keys and values for any instruction set: `Isa` gives the vectors, this the order of
-// work, which is that of the F16 kernels. Layout: Q8Tile in kernels.hpp.
+// work, which is that of the F16 kernels. Layout: Q8Tile in kernels/kv_rows.hpp.
 //
 //   struct Isa { using Vec = __m512; static constexpr int kLanes = 16; ... };
 //   q8_scores<Isa>(q, groups, head_dim, keys, factor, scores, stride);
@@ -53,8 +53,8 @@ struct ByteQueries {
   }
 };
 
-// With products of bytes: whole numbers within a block of 32 dimensions, so nothing but the query's sixteenth
-// bit is lost.
+// With products of bytes: exact integers within a block of 32 dimensions, so only the query's rounding to 16
+// bits is lost.
 template <typename Isa, int G>
 void q8_dot_group(const ByteQueries<G>& queries, std::int64_t head_dim, const KvRows& keys, float factor,
                   float* scores, std::int64_t stride) {
@@ -179,7 +179,7 @@ void q8_scores(const float* q, std::int64_t groups, std::int64_t head_dim, const
   });
 }
 
-// `work(row, scales, j)` for every value: its bytes, the scales of its blocks, its number.
+// `work(row, scales, j)` for every value: its bytes [head_dim], the scales of its blocks [blocks], its index.
 template <typename Work>
 SMALLTHINKER_INLINE void q8_each_value(const KvRows& values, std::int64_t head_dim, const Work& work) {
   const auto* tile = static_cast<const std::byte*>(values.data);

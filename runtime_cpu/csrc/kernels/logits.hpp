@@ -1,5 +1,5 @@
-// What choosing a token reads a row of logits with, on vectors of any width: a kernel file includes this with
-// the width of its registers, and its compiler flags decide the instructions.
+// The passes over a row of logits that choose a token, on vectors of any width: a kernel file includes this
+// with the width of its registers, and its compiler flags decide the instructions.
 //
 //   table.run_maxima = run_maxima<16>;  // 16 floats to a register
 #pragma once
@@ -27,10 +27,10 @@ struct Lanes {
   static SMALLTHINKER_INLINE void store(float* to, Float value) { std::memcpy(to, &value, sizeof value); }
   static SMALLTHINKER_INLINE Float all(float value) { return Float{} + value; }
 
-  // exp to some ulp below 0 (Cephes' polynomial), 0 below -87.3; what is no number stays none.
+  // exp to some ulp below 0 (Cephes' polynomial), 0 below -87.3; NaN stays NaN.
   static SMALLTHINKER_INLINE Float exponential(Float x) {
     constexpr float kLeast = -87.33654F;
-    constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves whole numbers
+    constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to an integer
     const Int low = x < kLeast;
     const Float clamped = low ? all(kLeast) : x;
     const Float shifted = clamped * 1.44269504F + kRound;
@@ -101,7 +101,7 @@ float exp_weights(const float* x, std::int64_t size, float shift, float factor, 
   const auto weigh = [&](typename L::Float values) __attribute__((always_inline)) {
     const typename L::Float value = L::exponential((values - shift) * factor);
     if (out == nullptr) return value;
-    const typename L::Int kept = value >= least;  // never true of what is no number
+    const typename L::Int kept = value >= least;  // false for NaN
     return kept ? value : typename L::Float{};
   };
   typename L::Float sums[2] = {};

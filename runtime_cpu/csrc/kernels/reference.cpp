@@ -1,5 +1,6 @@
 // Plain scalar kernels: what every other table is tested against. Sums are kept in double precision, and
-// quantised weights meet the fp32 activations, so the only errors are those of the stored weights.
+// quantised weights are multiplied with the fp32 activations, so the only errors are those of the stored
+// weights.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -38,7 +39,7 @@ void quantise(const float* x, std::int64_t size, std::int16_t* q, float* scales)
       finite = finite && magnitude <= std::numeric_limits<float>::max();
       greatest = std::max(greatest, magnitude);
     }
-    if (!finite) {  // let the damage show instead of converting it
+    if (!finite) {  // NaN shows in the result; converting it to an integer would hide it
       scales[start / kActivationBlock] = std::numeric_limits<float>::quiet_NaN();
       std::fill_n(q + start, kActivationBlock, std::int16_t{1});
       continue;

@@ -246,7 +246,7 @@ GgufTensor read_tensor(Cursor& cursor) {
   return tensor;
 }
 
-// Bytes of the character at the front of `text` if it is well-formed UTF-8 and shows as itself, else 0.
+// Bytes of the character at the front of `text` if it is well-formed UTF-8 and printable, else 0.
 std::size_t shown_character(std::string_view text) {
   const auto first = static_cast<unsigned char>(text[0]);
   if (first < 0x80) return first >= ' ' && first <= '~' ? 1 : 0;
@@ -261,7 +261,7 @@ std::size_t shown_character(std::string_view text) {
   constexpr std::uint32_t kLeast[] = {0xA0, 0x800, 0x10000};  // below: controls, or a longer form than needed
   const auto between = [&](std::uint32_t low, std::uint32_t high) { return point >= low && point <= high; };
   const bool surrogate = between(0xD800, 0xDFFF);
-  // Marks that turn text around, join or mean nothing (Unicode's format characters).
+  // Unicode's format characters: marks of direction, joiners, and ignorable ones.
   const bool unseen = point == 0xAD || point == 0x61C || point == 0x180E || between(0x200B, 0x200F) ||
                       between(0x2028, 0x202E) || between(0x2060, 0x206F) || point == 0xFEFF ||
                       between(0xFFF9, 0xFFFB) || between(0xE0000, 0xE0FFF);

@@ -54,7 +54,7 @@ class GgufFile {
   const GgufTensor* find_tensor(std::string_view name) const;
   const std::byte* data(const GgufTensor& tensor) const { return bytes_.data() + tensor.offset; }
 
-  // Values by key. A missing one is nothing; one of the wrong kind or range is a ModelFileError.
+  // Values by key: nullopt or null if there is none; one of the wrong kind or range is a ModelFileError.
   const GgufValue* find(std::string_view key) const;
   std::optional<std::int64_t> integer(std::string_view key, std::int64_t low, std::int64_t high) const;
   std::optional<double> real(std::string_view key) const;
@@ -68,7 +68,8 @@ class GgufFile {
   std::map<std::string_view, std::size_t> tensor_index_;
 };
 
-// Untrusted text for a message, in quotes: about 64 bytes; what is no UTF-8 or does not show becomes '?'.
+// Untrusted text for a message, in quotes: about 64 bytes; invalid UTF-8 and unprintable characters become
+// '?'.
 std::string printable(std::string_view text);
 
 }  // namespace smallthinker

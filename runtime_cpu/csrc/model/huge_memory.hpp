@@ -1,4 +1,4 @@
-// Memory for weights.
+// Memory for weights, in huge pages.
 #pragma once
 
 #include <cstddef>

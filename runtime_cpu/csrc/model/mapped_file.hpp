@@ -19,10 +19,10 @@ class MappedFile {
   MappedFile& operator=(MappedFile&&) = delete;
 
   std::span<const std::byte> bytes() const { return {data_, size_}; }
-  // Drop the pages read so far from this process; the next access brings them back.
+  // Drops the resident pages from this process; the next access maps them again.
   void forget_pages() const;
-  // Fills `to` by reading, which ends in an EngineError where touching the mapping of a file that was cut off
-  // would end the process. By any thread.
+  // Fills `to` by reading: EngineError where touching the mapping of a file that was truncated would end the
+  // process (SIGBUS). By any thread.
   void read(std::uint64_t offset, std::span<std::byte> to) const;
 
  private:

@@ -187,7 +187,7 @@ class Tensors {
     return values;
   }
 
-  // What computes nothing unless it is asked for: the figures of the model are without it.
+  // The predictor is no part of the model unless it is switched on, so sizes and parameters do not count it.
   std::optional<HeadPredictor> head_predictor() {
     bool any = false;
     for (const std::string name : {kPredictorDown, kPredictorUp})
@@ -358,7 +358,8 @@ void Model::load() {
   }
 }
 
-// `order` names, place by place, the expert that lies there; without it, they lie in their own order.
+// `order` [layers][experts] names the expert at each place of the file; without it they are in ascending
+// order.
 void Model::read_places(const GgufArray* order) {
   const std::int64_t all = hyper.layers * hyper.experts;
   if (order != nullptr && order->integers.size() != static_cast<std::size_t>(all)) {

@@ -1,4 +1,4 @@
-// A SmallThinker model inside a GGUF file: its hyperparameters and where its matrices lie.
+// A SmallThinker model inside a GGUF file: its hyperparameters and the addresses of its matrices.
 //
 //   auto model = Model::open("model.gguf");          // shared, immutable
 //   model->layers[0].gate.row(neuron, expert)
@@ -89,8 +89,8 @@ class Model {
   std::vector<Layer> layers;
   std::vector<std::string> warnings;  // choices made where the file leaves them open
   bool tied = false;
-  bool packed = false;               // made by runtime_cpu.pack
-  std::vector<std::int32_t> places;  // of packed files: [layers][experts], where an expert lies in its layer
+  bool packed = false;                   // made by runtime_cpu.pack
+  std::vector<std::int32_t> places;      // of packed files: [layers][experts], an expert's place in its layer
   std::vector<std::uint64_t> checksums;  // of packed files: [layers][experts][gate, neurons]
   std::vector<float> expert_frequency;   // [layers][experts], share of tokens; empty: unknown
   bool all_f32 = false;
@@ -105,11 +105,12 @@ class Model {
     return layers[static_cast<std::size_t>(layer)].packed +
            static_cast<std::size_t>(place) * expert_shape().bytes();
   }
-  // Where bytes of the mapping lie in the file.
+  // Of bytes of the mapping, from the start of the file.
   std::uint64_t offset_of(const std::byte* data) const { return static_cast<std::uint64_t>(data - start_); }
-  // Copies what lies at `data` in the file by reading it: EngineError where a mapping would end the process.
+  // Fills `to` from the file's bytes at `data` by reading: EngineError where touching the mapping of a file
+  // that was truncated would end the process (SIGBUS).
   void read(const std::byte* data, std::span<std::byte> to) const;
-  // Let go of what was read of the mapping: it no longer counts as this process's memory.
+  // Drops the mapping's resident pages: they no longer count as this process's memory.
   void forget_pages() const;
 
  private:

@@ -1,5 +1,5 @@
 // Q4_0 weights in the order in which the kernels read them. Nothing is rounded again: the nibbles and scales
-// are those of the stock file, in other places.
+// are those of the stock file, reordered.
 //
 // Tiles (dense matrices and the gates of experts): 16 rows interleaved, so that one register holds four
 // columns of each row and sums need no reduction. Per two blocks of 32 columns 576 bytes, read strictly in
@@ -113,7 +113,7 @@ struct Planes {
   }
 };
 
-// Fill a row of planes from the 16-bit form of `cols` (a multiple of 32) activations.
+// Fills a row of planes [row_bytes(cols)] from the 16-bit form of `cols` (a multiple of 32) activations.
 void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 
 // Stock Q4_0 to tiles [tile_begin, tile_end) of a matrix.
@@ -121,7 +121,7 @@ void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begi
                 std::byte* out);
 // Any `count` (at most 16) rows of a stock Q4_0 matrix as one tile.
 void gather_tile(const Matrix& stock, const std::int64_t* rows, std::int64_t count, std::byte* out);
-// Ahead of it: a row comes from anywhere, and no prefetcher guesses it.
+// To call ahead of gather_tile(): the rows are scattered, and the processor's prefetcher cannot predict them.
 SMALLTHINKER_INLINE void prefetch_row(const Matrix& stock, std::int64_t row) {
   const std::byte* data = stock.row(row);
   for (std::size_t at = 0; at < stock.row_bytes + 63; at += 64) __builtin_prefetch(data + at, 0, 2);

@@ -8,8 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-// Inline functions that a kernel file calls must not leave a copy compiled for its instruction set that the
-// linker could pick for everybody.
+// Inline functions that a kernel file calls must not leave a weak symbol compiled for its instruction set,
+// which the linker could pick for all callers.
 #define SMALLTHINKER_INLINE inline __attribute__((always_inline))
 
 namespace smallthinker {

@@ -30,8 +30,8 @@ constexpr std::array<std::int16_t, kCharacters> byte_of_character() {
 }
 constexpr auto kByteOf = byte_of_character();
 
-// Appends the bytes that `spelt` stands for. Otherwise says where the first character lies that stands for
-// none.
+// Appends the bytes that `spelt` stands for. Returns npos, or the offset of the first character that stands
+// for no byte.
 std::size_t spell(std::string_view spelt, std::string& out) {
   for (std::size_t i = 0; i < spelt.size();) {
     const auto first = static_cast<unsigned char>(spelt[i]);
@@ -63,8 +63,8 @@ std::uint64_t pair_of(std::int32_t left, std::int32_t right) {
          static_cast<std::uint32_t>(right);
 }
 
-// Where to begin looking in a table of 2^k entries. Nobody knows the seed beforehand: a file whose entries
-// crowd one place would take minutes to open.
+// Where a search in a hash table of 2^k entries begins. The seed is random, so that no file can be made whose
+// entries all collide, which would take minutes to open.
 std::size_t place(std::uint64_t hash, std::size_t size) {
   static const std::uint64_t seed = std::random_device{}() * 0x9E3779B97F4A7C15U;
   return static_cast<std::size_t>(mix64(hash ^ seed)) & (size - 1);

@@ -53,7 +53,7 @@ void test_routers(const Model& model) {
   }
 }
 
-void test_worth(const Model& model) {
+void test_probability(const Model& model) {
   ExpertForecast forecast = forecast_of(model);
   const std::vector<float> logits = {0.5F, 3.0F, std::numeric_limits<float>::quiet_NaN(), 1.0F};
   const std::vector<std::int32_t> both = {1, 3}, first = {0, 1};
@@ -68,18 +68,19 @@ void test_worth(const Model& model) {
     forecast.learn(2, both);   // both right; only the second was missing
   }
   auto guesses = forecast.missing(0, 1, kNothing);
-  CHECK(guesses[0].worth > 0.99 && guesses[1].worth < 0.05, "%f and %f", guesses[0].worth, guesses[1].worth);
+  CHECK(guesses[0].probability > 0.99 && guesses[1].probability < 0.05, "%f and %f", guesses[0].probability,
+        guesses[1].probability);
   guesses = forecast.missing(0, 2, kNothing);
-  CHECK(std::fabs(guesses[0].worth - 0.8) < 1e-9, "what was in memory taught something: %f",
-        guesses[0].worth);
-  CHECK(guesses[1].worth > 0.99);
+  CHECK(std::fabs(guesses[0].probability - 0.8) < 1e-9, "what was in memory taught something: %f",
+        guesses[0].probability);
+  CHECK(guesses[1].probability > 0.99);
   CHECK(forecast.missing(0, 1, [](std::int32_t) { return true; }).empty());
 
   // A pass that was broken off teaches nothing.
-  const double before = forecast.missing(0, 2, kNothing)[1].worth;
+  const double before = forecast.missing(0, 2, kNothing)[1].probability;
   forecast.learn(0, first);
   forecast.learn(2, first);
-  CHECK(forecast.missing(0, 2, kNothing)[1].worth == before);
+  CHECK(forecast.missing(0, 2, kNothing)[1].probability == before);
 }
 
 }  // namespace
@@ -90,6 +91,6 @@ void test_forecast() {
   const Bytes bytes = make_container(shape, 3).write();
   const auto model = Model::from_bytes(bytes);
   test_routers(*model);
-  test_worth(*model);
+  test_probability(*model);
   std::printf("forecast: ok\n");
 }

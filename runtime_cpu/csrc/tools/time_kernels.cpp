@@ -20,7 +20,7 @@ constexpr std::int64_t kHidden = 1536;
 constexpr std::int64_t kNeurons = 768;
 constexpr std::int64_t kExperts = 128;  // some 260 MiB in each form: more than any cache holds
 constexpr std::int64_t kTokens = 32;
-constexpr std::int64_t kHotRows = 256;  // stay in the second cache
+constexpr std::int64_t kHotRows = 256;  // stay in the L2 cache
 constexpr std::int64_t kAtOnce = 16;    // experts per timing
 
 double seconds() {

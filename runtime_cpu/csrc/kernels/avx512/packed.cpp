@@ -1,5 +1,5 @@
-// AVX-512 VNNI on the packed layouts. A 16-bit activation is 256 * high + low, so the unsigned nibbles meet
-// both bytes with vpdpbusd and every product within a block stays an exact integer.
+// AVX-512 VNNI on the packed layouts. A 16-bit activation is 256 * high + low, so vpdpbusd multiplies the
+// unsigned nibbles with both bytes, and every product within a block stays an exact integer.
 #include <immintrin.h>
 
 #include "kernels/active_neurons.hpp"
@@ -108,7 +108,7 @@ SMALLTHINKER_INLINE void some_tiles(const TileMatrix& matrix, std::int64_t tile,
 template <int N>
 void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
                  const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
-  // One token waits for memory, which likes a single stream best; several wait for the loads of activations.
+  // One token is bound by memory, which is fastest with a single stream; several by the loads of activations.
   constexpr int kTogether = N == 1 ? 1 : 2;
   Planes planes[N];
   for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};

@@ -1,4 +1,4 @@
-// Compiled for the oldest processor: it runs before anybody knows what this one can do.
+// Compiled for the oldest processor, because it runs before the instruction sets of this one are known.
 #include "kernels/avx512/table.hpp"
 
 namespace smallthinker::avx512 {

@@ -1,5 +1,5 @@
-// NEON of every 64-bit Arm processor (Armv8.0-A: A53, A72). Quantised weights are widened to 16 bits and meet
-// the 16-bit activations exactly, in 32-bit sums.
+// NEON of every 64-bit Arm processor (Armv8.0-A: A53, A72). Quantised weights are widened to 16 bits and
+// multiplied with the 16-bit activations exactly, in 32-bit sums.
 #include "kernels/attention.hpp"
 #include "kernels/attention_q8.hpp"
 #include "kernels/elementwise.hpp"

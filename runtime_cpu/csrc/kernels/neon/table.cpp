@@ -1,4 +1,5 @@
-// Compiled for the oldest 64-bit Arm processor: it runs before anybody knows what this one can do.
+// Compiled for the oldest 64-bit Arm processor, because it runs before the instructions of this one are
+// known.
 #include "kernels/neon/table.hpp"
 
 #if defined(__linux__)
