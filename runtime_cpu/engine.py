@@ -195,16 +195,16 @@ class Engine(ClosedAtExit):
         _log.info("%s: memory %s", file.name, plan)
         runtime = _core.Runtime(
             model,
-            threads,
-            context,
-            kv_type,
-            kernels,
-            chunk_tokens,
-            plan.expert_bytes if plan.offloads else 0,
-            reader,
-            policy or "",
-            speculate,
-            head == "predictor",
+            threads=threads,
+            context=context,
+            kv_type=kv_type,
+            kernels=kernels,
+            chunk_tokens=chunk_tokens,
+            expert_cache_bytes=plan.expert_bytes if plan.offloads else 0,
+            reader=reader,
+            policy=policy or "",
+            speculate=speculate,
+            predict_head=head == "predictor",
         )
         info = ModelInfo(
             path=str(file),
@@ -469,17 +469,17 @@ class Engine(ClosedAtExit):
     ) -> None:
         """Append ``token_ids`` to ``session``; fill ``logits`` with as many last rows as it has."""
         with self._compute_lock:
-            self._open_runtime().forward(session, token_ids, logits)
+            self._open_runtime().forward(session, token_ids, logits=logits)
 
     def _decode(
         self, sessions: Sequence[_core.Session], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
     ) -> None:
-        self._open_runtime().decode(sessions, token_ids, logits)
+        self._open_runtime().decode(sessions, token_ids, logits=logits)
 
     def _sample(
         self, sampler: _core.Sampler, row: NDArray[np.float32], top_logprobs: int
     ) -> tuple[int, float, list[tuple[int, float]]]:
-        return self._open_runtime().sample(sampler, row, top_logprobs)
+        return self._open_runtime().sample(sampler, row, top_logprobs=top_logprobs)
 
     def _finish(self, stats: Stats, session: _core.Session) -> None:
         self._batcher.leave(session)

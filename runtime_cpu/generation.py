@@ -191,15 +191,15 @@ class Generation(ClosedAtExit, Iterator[Token]):
         stats.seed = secrets.randbits(64) if options.seed is None else options.seed
         sampler = Sampler(
             engine.info.vocab_size,
-            options.temperature,
-            options.top_k,
-            options.top_p,
-            options.min_p,
-            options.repetition_penalty,
-            options.presence_penalty,
-            options.frequency_penalty,
-            stats.seed,
-            dict(options.logit_bias),
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            seed=stats.seed,
+            logit_bias=dict(options.logit_bias),
         )
         sampler.observe_prompt(prompt.tolist())
         started = time.perf_counter()

@@ -27,7 +27,7 @@ from runtime_cpu.perplexity import read_tokens
 from runtime_cpu.tokenizer import TokenizerError
 
 LEAST_ROWS = (
-    64  # kLeastHeadRows of csrc/runtime.hpp: fewer named rows than these, and the whole head is computed
+    64  # kLeastHeadRows of csrc/forward/head.hpp: fewer named rows than these, and the whole head is computed
 )
 _WINDOW = 256  # the logits and scores of one window are in memory: 0.3 GB for 151,936 rows
 _ROWS = 32  # positions that are compared at once

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime_cpu import _core, engine
+from runtime_cpu._core import TokenType
 from runtime_cpu.head_predictor import HeadPredictorInfo
 from runtime_cpu.memory import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
 from runtime_cpu.options import add_kv_option
 from runtime_cpu.planning import CHUNK_TOKENS, Planner, load_what_counts
-from runtime_cpu.tokenizer import TokenType
 from runtime_cpu.traffic import kv_bytes, skips_silent_neurons, weight_bytes
 
 # The paper's mean over layers (arXiv 2507.20984, section 5.1).

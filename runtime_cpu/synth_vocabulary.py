@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from runtime_cpu._core import TokenType, byte_alphabet
 from runtime_cpu.chat_template import CHATML_TEMPLATE
 from runtime_cpu.gguf_writer import Value
-from runtime_cpu.tokenizer import TokenType, byte_alphabet
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _UNUSED_IDS = 290  # 151646 to 151935, as in the released vocabulary

@@ -66,7 +66,7 @@ def test_thresholds_trade_rows_for_misses(model: Path) -> None:
 
 
 def test_the_limit_is_the_cores(model: Path) -> None:
-    text = (Path(__file__).parents[2] / "runtime_cpu/csrc/runtime.hpp").read_text()
+    text = (Path(__file__).parents[2] / "runtime_cpu/csrc/forward/head.hpp").read_text()
     assert f"kLeastHeadRows = {LEAST_ROWS};" in text
 
 

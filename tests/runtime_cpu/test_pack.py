@@ -29,7 +29,14 @@ def offloading(path: Path, slots: int, threads: int = 2, reader: str = "auto", p
     model = engine._model
     room = slots * model.expert_bytes
     engine._runtime = _core.Runtime(
-        model, threads, 128, "auto", engine.info.kernels, 16, room, reader, policy, True
+        model,
+        threads=threads,
+        context=128,
+        kernels=engine.info.kernels,
+        chunk_tokens=16,
+        expert_cache_bytes=room,
+        reader=reader,
+        policy=policy,
     )
     return engine
 

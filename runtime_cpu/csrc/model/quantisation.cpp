@@ -38,22 +38,48 @@ void dequantise_q6_k(const std::byte* block, float* out) {
   }
 }
 
-void quantise_block(const float* x, std::byte* block) {
-  float extreme = 0.0F;
-  for (std::int64_t i = 0; i < kActivationBlock; ++i) {
-    if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
+typedef float Vec __attribute__((vector_size(16)));
+
+Vec load_vec(const float* from) {
+  Vec value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// The value of greatest magnitude of x [32], the first of equals; NaN when one is not finite.
+float extreme_of(const float* x) {
+  Vec high = load_vec(x);
+  Vec low = high;
+  Vec damage = high * 0.0F;  // NaN where a value is infinite or NaN
+  for (std::int64_t i = 4; i < kActivationBlock; i += 4) {
+    const Vec value = load_vec(x + i);
+    high = value > high ? value : high;
+    low = value < low ? value : low;
+    damage += value * 0.0F;
   }
-  const std::uint16_t scale = float_to_half(extreme / -8.0F);
-  const float step = half_to_float(scale);
-  const float inverse = step != 0.0F ? 1.0F / step : 0.0F;
-  const auto nibble = [&](float value) {
-    const float q = value * inverse + 8.5F;
-    return static_cast<unsigned>(q > 0.0F ? std::min(q, 15.0F) : 0.0F);  // NaN becomes 0
-  };
-  std::memcpy(block, &scale, sizeof scale);
-  for (std::int64_t i = 0; i < kActivationBlock / 2; ++i) {
-    block[2 + i] = static_cast<std::byte>(nibble(x[i]) | nibble(x[i + kActivationBlock / 2]) << 4U);
+  const float any = (damage[0] + damage[1]) + (damage[2] + damage[3]);
+  if (any != 0.0F) return any;
+  const float greatest = std::max(std::max(high[0], high[1]), std::max(high[2], high[3]));
+  const float least = std::min(std::min(low[0], low[1]), std::min(low[2], low[3]));
+  if (-least != greatest) return -least > greatest ? least : greatest;
+  return *std::find_if(x, x + kActivationBlock, [&](float value) { return std::fabs(value) == greatest; });
+}
+
+void quantise_block(const float* x, std::byte* block) {  // x [32]
+  constexpr int kHalf = kActivationBlock / 2;
+  const float scale = extreme_of(x) / -8.0F;
+  const float inverse = scale != 0.0F ? 1.0F / scale : 0.0F;
+  const std::uint16_t stored = float_to_half(scale);
+  std::memcpy(block, &stored, sizeof stored);
+  std::uint8_t pairs[kHalf] = {};
+  if (std::isfinite(inverse)) {  // else NaN, or so small a scale that ggml's infinities convert to 0
+    for (int i = 0; i < kHalf; ++i) {
+      const int low = std::min(static_cast<int>(x[i] * inverse + 8.5F), 15);
+      const int high = std::min(static_cast<int>(x[i + kHalf] * inverse + 8.5F), 15);
+      pairs[i] = static_cast<std::uint8_t>(low | high << 4);
+    }
   }
+  std::memcpy(block + 2, pairs, sizeof pairs);
 }
 
 }  // namespace

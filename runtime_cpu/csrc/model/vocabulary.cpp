@@ -84,6 +84,13 @@ std::span<const std::string_view> texts_of(const GgufFile& file, std::string_vie
 
 }  // namespace
 
+std::string byte_character(unsigned char byte) {
+  const auto character =
+      static_cast<std::size_t>(std::find(kByteOf.begin(), kByteOf.end(), byte) - kByteOf.begin());
+  if (character < 0x80) return {static_cast<char>(character)};
+  return {static_cast<char>(0xC0U | character >> 6U), static_cast<char>(0x80U | (character & 0x3FU))};
+}
+
 Vocabulary::Vocabulary(std::span<const std::string_view> tokens,
                        std::optional<std::span<const std::int64_t>> kinds,
                        std::span<const std::string_view> merges) {

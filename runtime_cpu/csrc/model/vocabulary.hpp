@@ -25,6 +25,9 @@ class TokenizerError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// GPT-2's printable character for a byte, in UTF-8.
+std::string byte_character(unsigned char byte);
+
 class Vocabulary {
  public:
   // tokenizer.ggml.token_type, as llama.cpp's llama_token_type. Byte-level BPE has no others.
