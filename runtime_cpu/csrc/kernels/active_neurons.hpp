@@ -1,16 +1,12 @@
 // One token's active neurons, as every instruction set's `neurons` kernel walks them: list those with a gate
-// above zero, prefetch their weights, up rows two by two, then the down columns group by group. `Ops` gives
-// the products:
+// above zero, prefetch their weights, up rows two by two, then the down columns group by group. The products
+// are the instruction set's:
 //
-//   struct Ops {
-//     // dots [R]: the up rows ids [R] of groups [R] times x
-//     template <int R> static void up(const ExpertShape&, const std::byte* const* groups,
-//                                     const std::int32_t* ids, const Planes& x, float* dots);
-//     // out [padded] += the down columns ids [count] of one group times hidden [count]; calls
-//     fetch.outputs() static void down(const ExpertShape&, const std::byte* group, const std::int32_t* ids,
-//                      const float* hidden, std::int64_t count, NeuronFetch& fetch, float* out);
-//   };
-//   table.neurons = active_neurons<Ops>;
+//   up_two, up_one(shape, groups, ids, x, dots): dots [2 or 1] = the up rows `ids` of `groups` times x
+//   down(shape, group, ids, hidden, count, fetch, out): out [padded] += the down columns ids [count] of one
+//   group
+//     times hidden [count]; calls fetch.outputs() on its way
+//   table.neurons = active_neurons<up_rows<2>, up_rows<1>, add_down>;
 #pragma once
 
 #include "kernels/table.hpp"
@@ -123,7 +119,7 @@ SMALLTHINKER_INLINE void quantise_hidden(const ExpertShape& shape, const std::by
 }
 
 // Arguments as Kernels::neurons.
-template <typename Ops>
+template <auto UpTwo, auto UpOne, auto Down>
 std::int64_t active_neurons(const ExpertShape& shape, const std::byte* expert, std::int64_t group_begin,
                             std::int64_t group_end, const float* gate, const Activations& x,
                             std::int64_t token, float* out) {
@@ -159,15 +155,15 @@ std::int64_t active_neurons(const ExpertShape& shape, const std::byte* expert, s
         fetch.half(2);
         float dots[2];
         if (i + 1 < end) {
-          Ops::template up<2>(shape, groups + i, ids + i, planes, dots);
+          UpTwo(shape, groups + i, ids + i, planes, dots);
           hidden[i + 1] *= dots[1];
         } else {
-          Ops::template up<1>(shape, groups + i, ids + i, planes, dots);
+          UpOne(shape, groups + i, ids + i, planes, dots);
         }
         hidden[i] *= dots[0];
       }
       fetch.enter(end - begin, end < count ? groups[end] : nullptr);
-      Ops::down(shape, groups[begin], ids + begin, hidden + begin, end - begin, fetch, out);
+      Down(shape, groups[begin], ids + begin, hidden + begin, end - begin, fetch, out);
     }
   }
   return active;

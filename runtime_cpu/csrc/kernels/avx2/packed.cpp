@@ -290,26 +290,13 @@ void tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_
   });
 }
 
-struct Neurons {
-  template <int R>
-  static SMALLTHINKER_INLINE void up(const ExpertShape& shape, const std::byte* const* groups,
-                                     const std::int32_t* ids, const Planes& x, float* dots) {
-    up_rows<R>(shape, groups, ids, x, dots);
-  }
-  static SMALLTHINKER_INLINE void down(const ExpertShape& shape, const std::byte* group,
-                                       const std::int32_t* ids, const float* hidden, std::int64_t count,
-                                       NeuronFetch& fetch, float* out) {
-    add_down(shape, group, ids, hidden, count, fetch, out);
-  }
-};
-
 }  // namespace
 
 void fill_packed(Kernels& table) {
   table.packed = true;
   table.split_planes = split_planes;
   table.tiles = tiles;
-  table.neurons = active_neurons<Neurons>;
+  table.neurons = active_neurons<up_rows<2>, up_rows<1>, add_down>;
 }
 
 }  // namespace smallthinker::avx2

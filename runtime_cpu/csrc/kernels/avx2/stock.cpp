@@ -318,17 +318,21 @@ void score_rows(const float* q, std::int64_t groups, std::int64_t head_dim, cons
   });
 }
 
-struct Bytes {
+// What the templates of several instruction sets compute with.
+struct Floats {
   using Vec = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kGroups = 4;
-  static constexpr int kTiles = 1;
-  static constexpr int kPanel = 2;
   static SMALLTHINKER_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
   static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm256_loadu_ps(at); }
   static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm256_storeu_ps(at, value); }
   static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }  // a * b + c
+};
+
+struct Bytes : Floats {
+  static constexpr int kGroups = 4;
+  static constexpr int kTiles = 1;
+  static constexpr int kPanel = 2;
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::eight(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
   static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
@@ -402,16 +406,9 @@ void attention_values(const float* weights, std::int64_t weight_stride, std::int
   return value_rows<RowF32>(weights, weight_stride, groups, head_dim, values, out);
 }
 
-struct Exponential {
-  using Vec = __m256;
-  static constexpr int kLanes = 8;
-  static SMALLTHINKER_INLINE Vec all(float value) { return _mm256_set1_ps(value); }
-  static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm256_loadu_ps(at); }
-  static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm256_storeu_ps(at, value); }
+struct Exponential : Floats {
   static SMALLTHINKER_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static SMALLTHINKER_INLINE Vec subtract(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE Vec fused_negative(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE float sum(Vec value) { return horizontal_sum(value); }
   static SMALLTHINKER_INLINE Vec clamp(Vec x, float least,

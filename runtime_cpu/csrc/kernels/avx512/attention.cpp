@@ -129,19 +129,23 @@ void values_of(const float* weights, std::int64_t stride, std::int64_t groups, s
   });
 }
 
-struct Bytes {
+// What the templates of several instruction sets compute with.
+struct Floats {
   using Vec = __m512;
-  using Int = __m512i;
   static constexpr int kLanes = 16;
-  static constexpr int kGroups = 6;
-  static constexpr int kDotGroups = 7;
-  static constexpr bool kUnsigned = true;
-  static constexpr int kPanel = 4;
   static SMALLTHINKER_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
   static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm512_loadu_ps(at); }
   static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm512_storeu_ps(at, value); }
   static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }  // a * b + c
+};
+
+struct Bytes : Floats {
+  using Int = __m512i;
+  static constexpr int kGroups = 6;
+  static constexpr int kDotGroups = 7;
+  static constexpr bool kUnsigned = true;
+  static constexpr int kPanel = 4;
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return Half::load16(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return Half::one(at); }
   static SMALLTHINKER_INLINE Int all_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
@@ -157,17 +161,10 @@ struct Bytes {
   }
 };
 
-struct Exponential {
-  using Vec = __m512;
-  static constexpr int kLanes = 16;
+struct Exponential : Floats {
   static SMALLTHINKER_INLINE __mmask16 first(int count) { return static_cast<__mmask16>((1 << count) - 1); }
-  static SMALLTHINKER_INLINE Vec all(float value) { return _mm512_set1_ps(value); }
-  static SMALLTHINKER_INLINE Vec load(const float* at) { return _mm512_loadu_ps(at); }
-  static SMALLTHINKER_INLINE void store(float* at, Vec value) { _mm512_storeu_ps(at, value); }
   static SMALLTHINKER_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static SMALLTHINKER_INLINE Vec subtract(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE Vec fused_negative(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }
   static SMALLTHINKER_INLINE float sum(Vec value) { return _mm512_reduce_add_ps(value); }
   static SMALLTHINKER_INLINE Vec clamp(Vec x, float least,

@@ -51,16 +51,10 @@ struct Dot {
   }
 };
 
-struct Bytes {
-  using Vec = float32x4_t;
+struct Bytes : Floats {
   using Int = int32x4_t;
-  static constexpr int kLanes = 4;
   static constexpr int kDotGroups = 2;
   static constexpr bool kUnsigned = false;
-  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
-  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
-  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return four_halves(at); }
   static SMALLTHINKER_INLINE Int all_ints(std::int32_t value) { return vdupq_n_s32(value); }
   static SMALLTHINKER_INLINE Int key_words(const std::byte* at) {
@@ -90,7 +84,7 @@ void dotprod_tiles(const TileMatrix& matrix, std::int64_t tile_begin, std::int64
 
 void fill_dotprod(Kernels& table) {
   table.tiles = dotprod_tiles;
-  table.neurons = active_neurons<Neurons<Dot>>;
+  table.neurons = active_neurons<up_rows<Dot, 2>, up_rows<Dot, 1>, add_down<Dot>>;
   table.attention_scores = byte_attention_scores;
 }
 

@@ -103,7 +103,7 @@ void fill_packed(Kernels& table) {
   table.packed = true;
   table.split_planes = split_planes;
   table.tiles = tiles<Dot>;
-  table.neurons = active_neurons<Neurons<Dot>>;
+  table.neurons = active_neurons<up_rows<Dot, 2>, up_rows<Dot, 1>, add_down<Dot>>;
 }
 
 }  // namespace smallthinker::neon

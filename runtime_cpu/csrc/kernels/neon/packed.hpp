@@ -65,6 +65,17 @@ SMALLTHINKER_INLINE void store_rows(float* out, std::int64_t left, float32x4_t v
   for (std::int64_t i = 0; i < left; ++i) out[i] = lanes[i];
 }
 
+// What the templates of several instruction sets compute with.
+struct Floats {
+  using Vec = float32x4_t;
+  static constexpr int kLanes = 4;
+  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
+  static SMALLTHINKER_INLINE Vec load(const float* at) { return vld1q_f32(at); }
+  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
+  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
+  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }  // a * b + c
+};
+
 // ---- tiles
 
 // The products of word J of every row with N tokens.
@@ -223,19 +234,5 @@ void add_down(const ExpertShape& shape, const std::byte* group, const std::int32
     }
   }
 }
-
-template <typename Dot>
-struct Neurons {
-  template <int R>
-  static SMALLTHINKER_INLINE void up(const ExpertShape& shape, const std::byte* const* groups,
-                                     const std::int32_t* ids, const Planes& x, float* dots) {
-    up_rows<Dot, R>(shape, groups, ids, x, dots);
-  }
-  static SMALLTHINKER_INLINE void down(const ExpertShape& shape, const std::byte* group,
-                                       const std::int32_t* ids, const float* hidden, std::int64_t count,
-                                       NeuronFetch& fetch, float* out) {
-    add_down<Dot>(shape, group, ids, hidden, count, fetch, out);
-  }
-};
 
 }  // namespace smallthinker::neon

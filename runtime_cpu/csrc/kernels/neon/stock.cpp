@@ -279,17 +279,10 @@ void score_rows(const float* q, std::int64_t groups, std::int64_t head_dim, cons
     score_group<Row, 1>(q + g * head_dim, head_dim, data, keys.count, factor, scores + g * stride, stride);
 }
 
-struct Bytes {
-  using Vec = float32x4_t;
-  static constexpr int kLanes = 4;
+struct Bytes : Floats {
   static constexpr int kGroups = 4;
   static constexpr int kTiles = 1;
   static constexpr int kPanel = 4;
-  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
-  static SMALLTHINKER_INLINE Vec load(const float* at) { return vld1q_f32(at); }
-  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
-  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static SMALLTHINKER_INLINE Vec halves(const std::byte* at) { return RowF16::four(at); }
   static SMALLTHINKER_INLINE float half(const std::byte* at) { return RowF16::one(at); }
   static SMALLTHINKER_INLINE Vec byte_of_words(const std::byte* at, int byte) {
@@ -362,16 +355,9 @@ void attention_values(const float* weights, std::int64_t weight_stride, std::int
   return value_rows<RowF32>(weights, weight_stride, groups, head_dim, values, out);
 }
 
-struct Exponential {
-  using Vec = float32x4_t;
-  static constexpr int kLanes = 4;
-  static SMALLTHINKER_INLINE Vec all(float value) { return vdupq_n_f32(value); }
-  static SMALLTHINKER_INLINE Vec load(const float* at) { return vld1q_f32(at); }
-  static SMALLTHINKER_INLINE void store(float* at, Vec value) { vst1q_f32(at, value); }
+struct Exponential : Floats {
   static SMALLTHINKER_INLINE Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
   static SMALLTHINKER_INLINE Vec subtract(Vec a, Vec b) { return vsubq_f32(a, b); }
-  static SMALLTHINKER_INLINE Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
-  static SMALLTHINKER_INLINE Vec fused(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   static SMALLTHINKER_INLINE Vec fused_negative(Vec a, Vec b, Vec c) { return vfmsq_f32(c, a, b); }
   static SMALLTHINKER_INLINE float sum(Vec value) { return sum_lanes(value); }
   static SMALLTHINKER_INLINE Vec clamp(Vec x, float least, float most) {  // NaN stays NaN
