@@ -12,7 +12,7 @@ import pytest
 
 import runtime_cpu
 from runtime_cpu.__main__ import main
-from runtime_cpu.commands.table import COMMANDS
+from runtime_cpu.commands.table import COMMANDS, PACKAGE
 
 FOLDER = Path(runtime_cpu.__file__).parent
 # As they were called before the modules had folders: what scripts and services hold.
@@ -52,14 +52,14 @@ def test_a_wrong_command_is_told_the_right_ones(capsys: pytest.CaptureFixture[st
 
 
 def test_the_processes_of_the_benchmark_keep_their_names() -> None:
-    done = python("-m", "runtime_cpu.bench_worker", "versions")
+    done = python("-m", f"{PACKAGE}.bench_worker", "versions")
     assert done.returncode == 0 and "numpy" in done.stdout
     assert find_spec("runtime_cpu.bench_machine") is not None
 
 
 def test_nothing_else_is_found() -> None:
     assert find_spec("runtime_cpu.engine_of_old") is None
-    done = python("-m", "runtime_cpu.generation")
+    done = python("-m", f"{PACKAGE}.generation")
     assert done.returncode == 1 and "No module named runtime_cpu.generation" in done.stderr
 
 

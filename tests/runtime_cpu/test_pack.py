@@ -34,7 +34,7 @@ def offloading(
         info = opened.info
     model = _core.Model.open(str(path))
     runtime = _core.Runtime(
-        model=model,
+        model,
         threads=threads,
         context=128,
         kv_type="auto",

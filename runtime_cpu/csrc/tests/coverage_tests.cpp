@@ -7,12 +7,12 @@
 #include <cstring>
 #include <memory>
 
-#include "check.hpp"
-#include "coverage/edges.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "packed_builder.hpp"
-#include "short_run.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/coverage/edges.hpp"
+#include "tests/gguf_builder.hpp"
+#include "tests/packed_builder.hpp"
+#include "tests/short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

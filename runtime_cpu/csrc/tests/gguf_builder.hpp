@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "sampler.hpp"
-#include "tensor.hpp"
+#include "forward/sampler.hpp"
+#include "model/tensor.hpp"
 
 namespace smallthinker::testing {
 

@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "checksum.hpp"
-#include "gguf_builder.hpp"
-#include "packed.hpp"
+#include "experts/checksum.hpp"
+#include "model/packed.hpp"
+#include "tests/gguf_builder.hpp"
 
 namespace smallthinker::testing {
 

@@ -5,11 +5,11 @@
 #include <limits>
 #include <memory>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "packed_builder.hpp"
-#include "short_run.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
+#include "tests/packed_builder.hpp"
+#include "tests/short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -336,7 +336,7 @@ void test_reader() {
   remove_value(silent, "expert_gating_func");
   const Exact exact(silent.write());
   const auto model = Model::from_bytes(exact.span());
-  CHECK(model->hyper.router == Router::kSigmoid && model->warnings.size() == 1);
+  CHECK(model->hyper.router == RouterKind::kSigmoid && model->warnings.size() == 1);
   std::printf("reader: ok\n");
 }
 
