@@ -4,8 +4,8 @@
 //   history.begin(layer);  history.use(key);              // key = layer * experts + expert
 //   find_policy("lru").utility(history, key)                // the least of the evictable ones is evicted
 //
-// docs/experiments/0005-cache-policies.md holds the measurements behind kDefaultPolicy; csrc/tools/replay_routes.cpp
-// repeats them.
+// docs/experiments/0005-cache-policies.md holds the measurements behind kDefaultPolicy;
+// csrc/tools/replay_routes.cpp repeats them.
 #pragma once
 
 #include <cstdint>
