@@ -47,7 +47,7 @@ def inspect(
     Args:
         memory: the budget in bytes; without one the plan is that of an engine which may use all it wants.
         context, threads, kv_type: as :meth:`Engine.open` takes them.
-        sparsity: share of silent neurons (:func:`runtime_cpu.traffic.weight_bytes`).
+        sparsity: share of silent neurons (:func:`runtime_cpu.memory.traffic.weight_bytes`).
 
     Raises:
         FileNotFoundError: no such file, or a folder.

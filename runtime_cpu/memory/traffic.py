@@ -1,7 +1,7 @@
 """Bytes that computing one token reads from memory: ``weight_bytes(model, sparsity=0.62) + kv_bytes(model, 2048)``.
 
-Decoding on few cores is bound by them; :mod:`runtime_cpu.inspect` foretells them and :mod:`runtime_cpu.bench` divides
-its speeds by what the memory gives.
+Decoding on few cores is bound by them; ``python -m runtime_cpu.inspect`` foretells them and :mod:`runtime_cpu.bench`
+divides its speeds by what the memory gives.
 """
 
 from __future__ import annotations
@@ -50,9 +50,16 @@ def kv_bytes(model: _core.Model, length: int, kv_type: str = "auto") -> int:
     positions = sum(
         min(length, model.window) if windowed else length for windowed in model.sliding_window_layout
     )
-    return 2 * positions * model.kv_heads * _core.plan(model, 1, 1, kv_type, 1, "auto", False).kv_vector_bytes
+    return 2 * positions * model.kv_heads * _smallest_plan(model, kv_type=kv_type).kv_vector_bytes
 
 
 def skips_silent_neurons(model: _core.Model, kernels: str = "auto") -> bool:
     """Whether these kernels leave out the weights of silent neurons: of Q4_0 experts, where they can."""
-    return _core.plan(model, 1, 1, "auto", 1, kernels, False).expert_bytes > 0
+    return _smallest_plan(model, kernels=kernels).expert_bytes > 0
+
+
+def _smallest_plan(model: _core.Model, kv_type: str = "auto", kernels: str = "auto") -> _core.Plan:
+    """Only for the sizes of single things in it, which depend on nothing else."""
+    return _core.plan(
+        model=model, threads=1, context=1, kv_type=kv_type, chunk_tokens=1, kernels=kernels, offload=False
+    )
