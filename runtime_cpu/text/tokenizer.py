@@ -33,7 +33,7 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WINDOW_CHARACTERS = 1 << 14
+WINDOW_CHARACTERS = 1 << 14
 _STOP_TEXTS = ("<|endoftext|>", "<|im_end|>")
 
 
@@ -140,7 +140,7 @@ class Tokenizer:
 
     def _words(self, text: str) -> Iterator[list[str]]:
         """Words of ``text``, some thousands at a time: those of a megabyte weigh a hundred."""
-        begin, size = 0, _WINDOW_CHARACTERS
+        begin, size = 0, WINDOW_CHARACTERS
         while begin < len(text):
             whole = begin + size >= len(text)
             words = self._pre_tokenizer.pre_tokenize_str(text[begin : begin + size])
@@ -154,7 +154,7 @@ class Tokenizer:
                     continue
             yield [word for word, _ in words]
             begin = len(text) if whole else begin + words[-1][1][1]
-            size = _WINDOW_CHARACTERS
+            size = WINDOW_CHARACTERS
 
     def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Cut ``text`` at control tokens, longest first: pairs of (piece, id or ``None`` for plain text)."""

@@ -82,7 +82,7 @@ blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000ab1!'"), max_size=40)
 def test_where_a_long_text_is_cut_changes_nothing(tokenizer: Tokenizer, text: str, window: int) -> None:
     expected = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime_cpu.text.tokenizer._WINDOW_CHARACTERS", window)
+        patch.setattr("runtime_cpu.text.tokenizer.WINDOW_CHARACTERS", window)
         assert tokenizer.encode(text) == expected
 
 
