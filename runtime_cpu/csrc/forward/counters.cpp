@@ -1,22 +1,22 @@
 #include "forward/counters.hpp"
 
-#include <algorithm>
-
 namespace smallthinker {
 
+Counters Counters::of_pass(const Hyperparameters& hyper) {
+  Counters result;
+  result.neurons.assign(static_cast<std::size_t>(hyper.layers), 0);
+  result.active_neurons.assign(static_cast<std::size_t>(hyper.layers), 0);
+  return result;
+}
+
 void Counters::reset(const Hyperparameters& hyper) {
-  const auto layers = static_cast<std::size_t>(hyper.layers);
-  cache_hits = cache_misses = bytes_read = 0;
-  head_rows = head_rows_computed = head_fallbacks = 0;
-  waited_s = 0.0;
-  neurons.assign(layers, 0);
-  active_neurons.assign(layers, 0);
-  expert_counts.assign(layers * static_cast<std::size_t>(hyper.experts), 0);
+  *this = of_pass(hyper);
+  expert_counts.assign(static_cast<std::size_t>(hyper.layers * hyper.experts), 0);
 }
 
 void Counters::add(const Counters& other) {
   const auto sum = [](std::vector<std::uint64_t>& to, const std::vector<std::uint64_t>& from) {
-    for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+    for (std::size_t i = 0; i < from.size(); ++i) to[i] += from[i];
   };
   cache_hits += other.cache_hits;
   cache_misses += other.cache_misses;
@@ -39,7 +39,6 @@ Counters Counters::share(std::size_t index, std::size_t count) const {
   }
   for (std::uint64_t& value : result.neurons) value = part(value);
   for (std::uint64_t& value : result.active_neurons) value = part(value);
-  std::fill(result.expert_counts.begin(), result.expert_counts.end(), 0);
   return result;
 }
 

@@ -22,10 +22,11 @@ struct Counters {
   std::uint64_t head_fallbacks = 0;                     // tokens for which its predictor named too few rows
   double waited_s = 0.0;
 
+  // Of a pass: zeros, without expert_counts, which each token's own session counts.
+  static Counters of_pass(const Hyperparameters& hyper);
   void reset(const Hyperparameters& hyper);
   void add(const Counters& other);
-  // The share of sequence `index` of `count` that were computed together; the shares add up. Without
-  // expert_counts, which are counted where each token chooses.
+  // Of a pass, the share of sequence `index` of `count` that were computed together; the shares add up.
   Counters share(std::size_t index, std::size_t count) const;
 };
 

@@ -22,6 +22,8 @@ NeuronCounts ExpertPass::run(std::int64_t index, const Routing& routing, Product
   const Scratch& s = scratch_;
   std::vector<RowPiece> pieces;
   const std::int64_t rows = rows_per_piece(hyper.expert_hidden, compute_.pool.threads());
+  const std::int64_t used = std::min(hyper.experts, routing.all_slots());
+  pieces.reserve(static_cast<std::size_t>(used * ((hyper.expert_hidden + rows - 1) / rows)));
   for (std::int64_t e = 0; e < hyper.experts; ++e) {
     if (routing.slot_count(e) == 0) continue;
     for (std::int64_t begin = 0; begin < hyper.expert_hidden; begin += rows) {
@@ -154,6 +156,7 @@ std::uint64_t ExpertPass::split_slots(std::int64_t layer, std::span<const std::i
   const ExpertSlices slices(shape);
   const std::int64_t padded = shape.padded();
   std::vector<PackedPiece> pieces;
+  pieces.reserve(static_cast<std::size_t>(routing.all_slots() * slices.count));
   for (const std::int32_t e : experts) {
     for (std::int64_t i = 0; i < routing.slot_count(e); ++i) {
       for (std::int64_t slice = 0; slice < slices.count; ++slice)
@@ -202,6 +205,7 @@ std::uint64_t ExpertPass::token_blocks(std::int64_t layer, std::span<const std::
   const ExpertSlices slices(shape);
   const std::int64_t padded = shape.padded();
   std::vector<PackedPiece> pieces;
+  pieces.reserve(experts.size() + static_cast<std::size_t>(routing.all_slots() / kTokenBlock));
   for (const std::int32_t e : experts) {
     const std::int64_t count = routing.slot_count(e);
     for (std::int64_t first = 0; first < count; first += kTokenBlock)

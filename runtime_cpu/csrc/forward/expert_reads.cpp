@@ -6,6 +6,7 @@ namespace smallthinker {
 
 void request_experts(ExpertStore& store, std::int64_t layer, std::span<const std::int32_t> experts,
                      const Routing& routing) {
+  if (!store.offloads()) return;
   std::vector<ExpertUse> uses;
   uses.reserve(experts.size());
   for (const std::int32_t e : experts) uses.push_back({e, routing.tokens_of(e)});
@@ -22,6 +23,7 @@ ExpertReads::ExpertReads(const Hyperparameters& hyper, const Weights& weights, b
 
 ExpertDemand ExpertReads::request(std::int64_t layer, const Routing& routing) {
   ExpertDemand demand;
+  demand.experts.reserve(static_cast<std::size_t>(std::min(hyper_.experts, routing.all_slots())));
   for (std::int32_t e = 0; e < hyper_.experts; ++e) {
     if (routing.slot_count(e) > 0) demand.experts.push_back(e);
   }

@@ -78,8 +78,7 @@ void Runtime::forward(Session& session, std::span<const std::int32_t> tokens, fl
   }
   for (const std::int32_t token : tokens) check_token(token);
   if (logit_rows < 0 || logit_rows > count) throw EngineError("there are more rows of logits than tokens");
-  Counters counters;
-  counters.reset(model_->hyper);
+  Counters counters = Counters::of_pass(model_->hyper);
   const CacheCounters earlier = cache_counters();
   const std::int64_t before = session.length();
   std::vector<BatchRow> rows;
@@ -121,8 +120,7 @@ void Runtime::decode(std::span<const Step> steps, float* logits) {
     }
     rows.push_back({step.session, step.token, step.session->length()});
   }
-  Counters counters;
-  counters.reset(model_->hyper);
+  Counters counters = Counters::of_pass(model_->hyper);
   const CacheCounters earlier = cache_counters();
   for (const Step& step : steps) step.session->append(&step.token, 1);
   try {
