@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import runtime_cpu
+from runtime_cpu import _core
 from runtime_cpu.__main__ import main
 from runtime_cpu.commands.table import COMMANDS, PACKAGE
 
@@ -73,7 +74,7 @@ def test_a_plain_copy_of_the_package_has_its_commands(tmp_path: Path) -> None:
     """As a wheel lays it out: no editable install, whose own finder comes before all others, has a part in it."""
     copy = tmp_path / "site" / "runtime_cpu"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("csrc", "__pycache__"))
-    core = Path(runtime_cpu._core.__file__)
+    core = Path(_core.__file__)
     shutil.copy(core, copy / core.name)
     program = (
         "import runpy, sys\n"
