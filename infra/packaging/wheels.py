@@ -1,11 +1,11 @@
 """Wheels of the engine for x86_64 and aarch64, for CPython 3.11 and for 3.12 and later, in ``dist/``: ``make wheels``.
 
-Python's part of the wheel comes from scikit-build-core, once. The compiled module is built for each processor and Python
-with GCC and with headers from Debian, so nothing of the target has to run here. auditwheel reads from the module which
-glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to the limited API of 3.12.
+Python's part of the wheel comes from scikit-build-core, once. The compiled module is built for each processor and
+Python with GCC and with headers from Debian, so nothing of the target has to run here. auditwheel reads from the module
+which glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to the limited API of 3.12.
 
-GCC and not zig, which needs no cross compiler: zig's runtime (0.17.1) says of every x86_64 processor that it has neither
-AVX2 nor AVX-512, and the engine falls back to its reference kernels.
+GCC and not zig, which needs no cross compiler: zig's runtime (0.17.1) says of every x86_64 processor that it has
+neither AVX2 nor AVX-512, and the engine falls back to its reference kernels.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def headers(python: Python, machine: Machine) -> Path:
     if found != python.headers_sha256[machine.name]:
         shutil.rmtree(root)
         raise WheelError(
-            f"the headers of Python {python.version} for {machine.name} in Debian {python.suite} are not the pinned ones: "
-            f"SHA-256 {found}; look at what changed and pin them in infra/packaging/wheels.py"
+            f"the headers of Python {python.version} for {machine.name} in Debian {python.suite} are not the pinned "
+            f"ones: SHA-256 {found}; look at what changed and pin them in infra/packaging/wheels.py"
         )
     return include
 
