@@ -2,7 +2,8 @@
 
 Python's part of the wheel comes from scikit-build-core, once. The compiled module is built for each processor and
 Python with GCC and with headers from Debian, so nothing of the target has to run here. auditwheel reads from the module
-which glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to the limited API of 3.12.
+which glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to the limited API of
+3.12.
 
 GCC and not zig, which needs no cross compiler: zig's runtime (0.17.1) says of every x86_64 processor that it has
 neither AVX2 nor AVX-512, and the engine falls back to its reference kernels.

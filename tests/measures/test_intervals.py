@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from components.evaluation.activations import bootstrap_ratio
-from components.measures.intervals import Score, wilson_interval
+from components.measures.intervals import Score, bootstrap_ratio, wilson_interval
 
 
 @pytest.mark.parametrize(
