@@ -1,4 +1,4 @@
-"""Confidence intervals of 95 %: ``wilson_interval(7, 10)``, ``paired_interval(differences)``, ``bootstrap_ratio(a, b)``."""
+"""Intervals of 95 %: ``wilson_interval(7, 10)``, ``paired_interval(differences)``, ``bootstrap_ratio(a, b)``."""
 
 from __future__ import annotations
 
