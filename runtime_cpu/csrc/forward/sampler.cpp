@@ -72,29 +72,29 @@ void Sampler::observe_prompt(std::span<const std::int32_t> tokens) {
 }
 
 template <typename Work>
-void Sampler::each_chunk(const Work& work) {
+void Sampler::each_chunk(const Means& means, const Work& work) const {
   const std::int64_t chunks = (vocab_ + kChunk - 1) / kChunk;
   const auto one = [&](std::int64_t chunk, int) {
     const std::int64_t begin = chunk * kChunk;
     work(chunk, begin, std::min(vocab_, begin + kChunk) - begin);
   };
-  if (pool_ != nullptr) return pool_->run(chunks, one);
+  if (means.pool != nullptr) return means.pool->run(chunks, one);
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) one(chunk, 0);
 }
 
 // The logarithm of the sum of exponentials; fills in the row's maxima on the way.
-double Sampler::measure(Row& row) {
+double Sampler::measure(const Means& means, Row& row) {
   std::vector<float> peaks(sums_.size());
-  each_chunk([&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
+  each_chunk(means, [&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
     const float* x = row.logits.data() + begin;
     float* maxima = row.maxima.data() + begin / kLogitRun;
-    kernels_->run_maxima(x, size, maxima);
+    means.kernels.run_maxima(x, size, maxima);
     const float peak = *std::max_element(maxima, maxima + (size + kLogitRun - 1) / kLogitRun);
     const auto at = static_cast<std::size_t>(chunk);
     peaks[at] = peak;
     // Exponents are relative to the chunk's own greatest logit, so that the row is read once.
     const float shift = std::isfinite(peak) ? peak : 0.0F;
-    sums_[at] = static_cast<double>(kernels_->exp_weights(x, size, shift, 1.0F, 0.0F, nullptr));
+    sums_[at] = static_cast<double>(means.kernels.exp_weights(x, size, shift, 1.0F, 0.0F, nullptr));
   });
   row.peak = *std::max_element(peaks.begin(), peaks.end());
   if (!std::isfinite(row.peak)) return std::numeric_limits<double>::quiet_NaN();
@@ -113,9 +113,9 @@ bool Sampler::adjusts() const {
 }
 
 // Into changed_.
-void Sampler::adjust() {
+void Sampler::adjust(const Means& means) {
   adjusted_.resize(own_.logits.size());
-  each_chunk([&](std::int64_t, std::int64_t begin, std::int64_t size) {
+  each_chunk(means, [&](std::int64_t, std::int64_t begin, std::int64_t size) {
     std::copy_n(own_.logits.data() + begin, size, adjusted_.data() + begin);
   });
   for (const auto& [id, bias] : options_.logit_bias) adjusted_[static_cast<std::size_t>(id)] += bias;
@@ -134,8 +134,8 @@ void Sampler::adjust() {
   }
   changed_.logits = adjusted_;
   changed_.maxima.resize(own_.maxima.size());
-  each_chunk([&](std::int64_t, std::int64_t begin, std::int64_t size) {
-    kernels_->run_maxima(adjusted_.data() + begin, size, changed_.maxima.data() + begin / kLogitRun);
+  each_chunk(means, [&](std::int64_t, std::int64_t begin, std::int64_t size) {
+    means.kernels.run_maxima(adjusted_.data() + begin, size, changed_.maxima.data() + begin / kLogitRun);
   });
   changed_.peak = *std::max_element(changed_.maxima.begin(), changed_.maxima.end());
 }
@@ -171,11 +171,11 @@ void Sampler::leaders(const Row& row, std::int64_t count, std::vector<std::int32
   ids.resize(static_cast<std::size_t>(kept));
 }
 
-Sampler::Mass Sampler::mass_from(const Row& row, float bound) {
+Sampler::Mass Sampler::mass_from(const Means& means, const Row& row, float bound) const {
   std::vector<LogitMass> parts(sums_.size());
-  each_chunk([&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
+  each_chunk(means, [&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
     parts[static_cast<std::size_t>(chunk)] =
-        kernels_->mass_above(row.logits.data() + begin, weights_.data() + begin, size, bound);
+        means.kernels.mass_above(row.logits.data() + begin, weights_.data() + begin, size, bound);
   });
   Mass all;
   for (const LogitMass& part : parts) {
@@ -187,21 +187,21 @@ Sampler::Mass Sampler::mass_from(const Row& row, float bound) {
 
 // The shortest front of the order whose sum or count reaches `goal`: bisection between a bound that is too
 // high and one that is low enough, until few logits are between them; those are sorted.
-Sampler::Cut Sampler::find_cut(const Row& row, double goal, double Mass::* amount) {
+Sampler::Cut Sampler::find_cut(const Means& means, const Row& row, double goal, double Mass::* amount) {
   const auto reach = static_cast<float>(static_cast<double>(row.peak) + kLeastExponent * temperature());
   float low = std::max(reach, std::numeric_limits<float>::lowest());
   float high = std::nextafter(row.peak, std::numeric_limits<float>::infinity());
-  Mass below = mass_from(row, low);  // of all from `low` on
-  Mass above;                        // of all from `high` on
+  Mass below = mass_from(means, row, low);  // of all from `low` on
+  Mass above;                               // of all from `high` on
   while (below.count - above.count > static_cast<double>(kMostUndecided)) {
     const float middle = low + (high - low) * 0.5F;
     if (!(middle > low && middle < high)) break;  // equal logits
-    const Mass mass = mass_from(row, middle);
+    const Mass mass = mass_from(means, row, middle);
     (mass.*amount >= goal ? low : high) = middle;
     (mass.*amount >= goal ? below : above) = mass;
   }
   std::vector<std::vector<std::int32_t>> found(sums_.size());
-  each_chunk([&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
+  each_chunk(means, [&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
     std::vector<std::int32_t>& ids = found[static_cast<std::size_t>(chunk)];
     const float* x = row.logits.data();
     for (std::int64_t run = begin; run < begin + size; run += kLogitRun) {
@@ -229,15 +229,15 @@ Sampler::Cut Sampler::find_cut(const Row& row, double goal, double Mass::* amoun
 }
 
 // The sum of what a cut leaves, by chunk in sums_.
-double Sampler::kept_sum(const Row& row, const Cut& cut) {
+double Sampler::kept_sum(const Means& means, const Row& row, const Cut& cut) {
   const float above = std::nextafter(cut.logit, std::numeric_limits<float>::infinity());
-  each_chunk([&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
+  each_chunk(means, [&](std::int64_t chunk, std::int64_t begin, std::int64_t size) {
     const std::int64_t equal = std::clamp<std::int64_t>(cut.id + 1 - begin, 0, size);
     const float* x = row.logits.data() + begin;
     const float* weights = weights_.data() + begin;
     sums_[static_cast<std::size_t>(chunk)] =
-        static_cast<double>(kernels_->mass_above(x, weights, equal, cut.logit).sum) +
-        static_cast<double>(kernels_->mass_above(x + equal, weights + equal, size - equal, above).sum);
+        static_cast<double>(means.kernels.mass_above(x, weights, equal, cut.logit).sum) +
+        static_cast<double>(means.kernels.mass_above(x + equal, weights + equal, size - equal, above).sum);
   });
   double sum = 0.0;
   for (const double part : sums_) sum += part;
@@ -246,23 +246,24 @@ double Sampler::kept_sum(const Row& row, const Cut& cut) {
 
 double Sampler::temperature() const { return std::max(options_.temperature, 1.0 / kMostFactor); }
 
-std::int32_t Sampler::draw(const Row& row) {
+std::int32_t Sampler::draw(const Means& means, const Row& row) {
   if (!std::isfinite(row.peak)) return greatest(row);
   if (options_.top_k > 0 && options_.top_k <= kMostLeaders && options_.top_k <= vocab_)
     return draw_leader(row);
   const auto factor = static_cast<float>(1.0 / temperature());
   const float least = std::max(static_cast<float>(options_.min_p), std::numeric_limits<float>::min());
   weights_.resize(row.logits.size());
-  each_chunk([&](std::int64_t, std::int64_t begin, std::int64_t size) {
-    kernels_->exp_weights(row.logits.data() + begin, size, row.peak, factor, least, weights_.data() + begin);
+  each_chunk(means, [&](std::int64_t, std::int64_t begin, std::int64_t size) {
+    means.kernels.exp_weights(row.logits.data() + begin, size, row.peak, factor, least,
+                              weights_.data() + begin);
   });
   Cut cut{kNone, vocab_};
   if (options_.top_k > 0 && options_.top_k < vocab_)
-    cut = find_cut(row, static_cast<double>(options_.top_k), &Mass::count);
-  double total = kept_sum(row, cut);
+    cut = find_cut(means, row, static_cast<double>(options_.top_k), &Mass::count);
+  double total = kept_sum(means, row, cut);
   if (options_.top_p < 1.0) {
-    cut = find_cut(row, options_.top_p * total, &Mass::sum);
-    total = kept_sum(row, cut);
+    cut = find_cut(means, row, options_.top_p * total, &Mass::sum);
+    total = kept_sum(means, row, cut);
   }
   return draw_kept(row, cut, random_.fraction() * total);
 }
@@ -322,16 +323,15 @@ Choice Sampler::sample(std::span<const float> logits, std::int64_t top, const Ke
                        ThreadPool* pool) {
   if (static_cast<std::int64_t>(logits.size()) != vocab_)
     throw EngineError("a row of logits has the wrong size");
-  kernels_ = &kernels;
-  pool_ = pool;
+  const Means means{kernels, pool};
   own_.logits = logits;
   own_.maxima.resize(static_cast<std::size_t>((vocab_ + kLogitRun - 1) / kLogitRun));
   sums_.resize(static_cast<std::size_t>((vocab_ + kChunk - 1) / kChunk));
-  const double normaliser = measure(own_);
-  if (adjusts()) adjust();
+  const double normaliser = measure(means, own_);
+  if (adjusts()) adjust(means);
   const Row& row = adjusts() ? changed_ : own_;
   Choice choice;
-  choice.id = options_.temperature > 0.0 ? draw(row) : greatest(row);
+  choice.id = options_.temperature > 0.0 ? draw(means, row) : greatest(row);
   const auto logprob = [&](std::int32_t id) {
     return static_cast<float>(static_cast<double>(logits[static_cast<std::size_t>(id)]) - normaliser);
   };

@@ -79,18 +79,24 @@ class Sampler {
     double count = 0.0;
   };
 
+  // What one call of sample() computes with.
+  struct Means {
+    const Kernels& kernels;
+    ThreadPool* pool;  // null: the caller's thread alone
+  };
+
   template <typename Work>
-  void each_chunk(const Work& work);
-  double measure(Row& row);
+  void each_chunk(const Means& means, const Work& work) const;
+  double measure(const Means& means, Row& row);
   bool adjusts() const;
-  void adjust();
+  void adjust(const Means& means);
   double temperature() const;
   static std::int32_t greatest(const Row& row);
   static void leaders(const Row& row, std::int64_t count, std::vector<std::int32_t>& ids);
-  Mass mass_from(const Row& row, float bound);
-  Cut find_cut(const Row& row, double goal, double Mass::* amount);
-  double kept_sum(const Row& row, const Cut& cut);
-  std::int32_t draw(const Row& row);
+  Mass mass_from(const Means& means, const Row& row, float bound) const;
+  Cut find_cut(const Means& means, const Row& row, double goal, double Mass::* amount);
+  double kept_sum(const Means& means, const Row& row, const Cut& cut);
+  std::int32_t draw(const Means& means, const Row& row);
   std::int32_t draw_leader(const Row& row);
   std::int32_t draw_kept(const Row& row, const Cut& cut, double left) const;
 
@@ -105,8 +111,6 @@ class Sampler {
   std::vector<float> weights_;  // by id; 0 of what is not kept
   std::vector<double> sums_;    // by chunk
   std::vector<std::int32_t> order_;
-  const Kernels* kernels_ = nullptr;  // of the sample under way
-  ThreadPool* pool_ = nullptr;
 };
 
 }  // namespace smallthinker

@@ -2,22 +2,24 @@
 // are those of the stock file, reordered.
 //
 // Tiles (dense matrices and the gates of experts): 16 rows interleaved, so that one register holds four
-// columns of each row and sums need no reduction. Per two blocks of 32 columns 576 bytes, read strictly in
-// order:
-//   2 x [4 words][16 rows][4 bytes]   low nibble: column 4 * word + byte of the block; high nibble: 16
-//   further 2 x [16 rows] fp16 scales
+// columns of each row and sums need no reduction. Per two blocks of 32 columns 576 bytes, read in order:
+//   2 x [4 words][16 rows][4 bytes]
+//       low nibble: column 4 * word + byte of the block; high nibble: the column 16 further
+//   2 x [16 rows] fp16 scales
 //
 // Expert: its gate's tiles, then, from a multiple of 4096 on, its up rows and down columns in groups of 32
 // neurons (the extent of a scale of `down`), so that a silent neuron's share of both is never touched. One
 // group, with D = hidden padded to 512:
-//   [D] fp16            scales of down, one per output
-//   [32][D / 32] fp16   scales of up, one per block
-//   [32][D / 2 + D / 2] nibbles of each neuron: its up row (block-transposed: per 512 columns [4 words][16
-//   blocks]
-//                       [4 bytes], low nibble: column 4 * word + byte of the block, high: 16 further), then
-//                       its down column (per 128 outputs 64 bytes: byte 16 L + 4 j + i holds outputs 32 j + 4
-//                       L + i, low, and 16 further, high, so that interleaving four neurons byte by byte
-//                       gives consecutive outputs)
+//   [D] fp16
+//       scales of down, one per output
+//   [32][D / 32] fp16
+//       scales of up, one per block
+//   [32][D / 2 + D / 2] nibbles of each neuron
+//       its up row, block-transposed: per 512 columns [4 words][16 blocks][4 bytes]
+//           low nibble: column 4 * word + byte of the block; high nibble: the column 16 further
+//       then its down column: per 128 outputs 64 bytes, of which byte 16 L + 4 j + i holds
+//           low nibble: output 32 j + 4 L + i; high nibble: the output 16 further
+//           so that interleaving four neurons byte by byte gives consecutive outputs
 #pragma once
 
 #include <cstddef>
@@ -89,9 +91,10 @@ struct ExpertShape {
 
 // Activations as the tile and neuron kernels read them: q = 256 * high + low with both in [-128, 127]. One
 // row of `blocks` (of 32, a multiple of 16) holds
-//   [blocks][2][32] high and low bytes in the columns' order
-//   [blocks / 16][2][8][16][4] the same, transposed: of every 16 blocks, word by word, high bytes then low
-//   bytes [blocks] fp32 scales, [blocks] int32 -8 * sum of q (the nibbles' offset)
+//   [blocks][2][32]             high and low bytes in the columns' order
+//   [blocks / 16][2][8][16][4]  the same, transposed: of every 16 blocks, word by word, high bytes then low
+//   bytes [blocks] fp32               scales [blocks] int32              -8 * sum of q, because nibbles are
+//   stored plus 8
 struct Planes {
   SMALLTHINKER_INLINE static std::int64_t blocks(std::int64_t cols) {
     return (cols + 511) / 512 * kTransposedBlocks;
@@ -116,10 +119,10 @@ struct Planes {
 // Fills a row of planes [row_bytes(cols)] from the 16-bit form of `cols` (a multiple of 32) activations.
 void split_planes(const std::int16_t* q, const float* scales, std::int64_t cols, std::byte* row);
 
-// Stock Q4_0 to tiles [tile_begin, tile_end) of a matrix.
+// Stock Q4_0 to tiles [tile_begin, tile_end) of a matrix, out [tile_end - tile_begin][tile_bytes()].
 void pack_tiles(const Matrix& stock, std::int64_t expert, std::int64_t tile_begin, std::int64_t tile_end,
                 std::byte* out);
-// Any `count` (at most 16) rows of a stock Q4_0 matrix as one tile.
+// The rows `rows` [count], at most 16, of a stock Q4_0 matrix as one tile, out [tile_bytes()].
 void gather_tile(const Matrix& stock, const std::int64_t* rows, std::int64_t count, std::byte* out);
 // To call ahead of gather_tile(): the rows are scattered, and the processor's prefetcher cannot predict them.
 SMALLTHINKER_INLINE void prefetch_row(const Matrix& stock, std::int64_t row) {
@@ -129,12 +132,12 @@ SMALLTHINKER_INLINE void prefetch_row(const Matrix& stock, std::int64_t row) {
 // Tiles [tile_begin, tile_end) back to the rows of stock Q4_0; `rows` is the matrix's first.
 void unpack_tiles(const TileMatrix& tiled, std::int64_t tile_begin, std::int64_t tile_end, std::byte* rows);
 // Stock Q4_0 gate [neurons][hidden], up [neurons][hidden] and down [hidden][neurons] to one packed expert;
-// each writes its own bytes only, and all of them together every byte.
+// each writes its own bytes of out [ExpertShape::bytes()] only, and all of them together every byte.
 void pack_gate(const Matrix& gate, std::int64_t expert, const ExpertShape& shape, std::byte* out);
 void pack_up(const Matrix& up, std::int64_t expert, const ExpertShape& shape, std::byte* out);
 void pack_down(const Matrix& down, std::int64_t expert, const ExpertShape& shape, std::byte* out);
 
-// Back to fp32: a row of a tiled matrix (embedding lookups, tests), a row of gate or up, a column of down.
+// Back to fp32: a row of a tiled matrix to out [cols]; an up row and a down column to up and down [hidden].
 void unpack_tile_row(const TileMatrix& matrix, std::int64_t row, float* out);
 void unpack_neuron(const ExpertShape& shape, const std::byte* expert, std::int64_t neuron, float* up,
                    float* down);

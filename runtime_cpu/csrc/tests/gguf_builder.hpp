@@ -1,4 +1,4 @@
-// Writes GGUF bytes from a structure that tests may bend in every place.
+// Writes GGUF bytes from a structure that tests may mutate in every place.
 #pragma once
 
 #include <cstdint>
@@ -111,7 +111,7 @@ struct Container {
     std::size_t end = start;
     for (const Tensor& tensor : tensors)
       end = std::max<std::size_t>(end, start + tensor.offset + tensor.data.size());
-    if (end - start > (1U << 24U)) end = start;  // a bent offset: leave the data out
+    if (end - start > (1U << 24U)) end = start;  // a mutated offset: leave the data out
     out.resize(end);
     for (const Tensor& tensor : tensors) {
       if (start + tensor.offset + tensor.data.size() <= end && !tensor.data.empty()) {

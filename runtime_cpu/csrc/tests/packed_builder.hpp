@@ -1,4 +1,4 @@
-// A packed file from the structure of a stock one, to be bent like it.
+// A packed file from the structure of a stock one, to be mutated like it.
 #pragma once
 
 #include <string>
