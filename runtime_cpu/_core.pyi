@@ -1,6 +1,7 @@
 """The C++ core (``csrc/``). :class:`runtime_cpu.Engine` is what users call."""
 
 from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,22 @@ class ModelFileError(EngineError): ...
 class TokenizerError(ValueError):
     """The metadata describe no tokenizer that this engine can run exactly."""
 
+class TokenType(IntEnum):
+    """``tokenizer.ggml.token_type``, as in llama.cpp's ``llama_token_type``; byte-level BPE has no others."""
+
+    NORMAL = 1
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable character for each of the 256 bytes (index = byte)."""
+
 class Vocabulary:
     """Tokens, the bytes that they stand for, and the merges of byte-level BPE. Immutable."""
 
     @staticmethod
-    def of(tokens: Sequence[str], kinds: Sequence[int] | None, merges: Sequence[str]) -> Vocabulary: ...
+    def of(tokens: Sequence[str], *, kinds: Sequence[int] | None, merges: Sequence[str]) -> Vocabulary: ...
     def __len__(self) -> int: ...
     def token_bytes(self, id: int) -> bytes: ...
     def tokens_of_kind(self, kind: int) -> dict[str, int]: ...
@@ -84,10 +96,6 @@ class Model:
     def head_predictor(self) -> dict[str, Any] | None: ...
     @property
     def expert_bytes(self) -> int: ...
-    def pack_tiles(self, name: str, threads: int = 1) -> NDArray[np.uint8]: ...
-    def pack_experts(
-        self, layer: int, ids: Sequence[int], threads: int = 1
-    ) -> tuple[NDArray[np.uint8], list[int]]: ...
 
 class Plan:
     """Bytes that a runtime needs; ``expert_bytes`` is one expert's, 0 if experts stay in stock rows: such are read
@@ -108,15 +116,30 @@ class Plan:
 
 def plan(
     model: Model,
+    *,
     threads: int,
     context: int,
-    kv_type: str,
+    kv_type: str = "auto",
     chunk_tokens: int,
-    kernels: str,
-    offload: bool,
+    kernels: str = "auto",
+    offload: bool = False,
     predict_head: bool = False,
 ) -> Plan: ...
-def pack_rows(rows: NDArray[np.uint8], columns: int, threads: int = 1) -> NDArray[np.uint8]: ...
+def pack_tiles(model: Model, name: str, *, threads: int = 1) -> NDArray[np.uint8]:
+    """A Q4_0 matrix of a stock file in tiles."""
+
+def pack_experts(
+    model: Model, layer: int, *, ids: Sequence[int], threads: int = 1
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Experts of a layer of a stock file in the packed layout, and the checksums of both parts of each."""
+
+def pack_rows(rows: NDArray[np.uint8], *, columns: int, threads: int = 1) -> NDArray[np.uint8]:
+    """Q4_0 rows that are in no model file in tiles."""
+
+def quantise_q4_0(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Q4_0 blocks of ``values`` [n], with the bits of ggml's reference quantiser; a block without a finite scale has
+    the scale NaN or infinity."""
+
 def checksum64(data: NDArray[np.uint8]) -> int: ...
 def available_kernels() -> list[str]: ...
 
@@ -137,29 +160,30 @@ class Runtime:
     def __init__(
         self,
         model: Model,
+        *,
         threads: int,
         context: int,
-        kv_type: str,
-        kernels: str,
+        kv_type: str = "auto",
+        kernels: str = "auto",
         chunk_tokens: int,
-        expert_cache_bytes: int,
-        reader: str,
-        policy: str,
-        speculate: bool,
+        expert_cache_bytes: int = 0,
+        reader: str = "auto",
+        policy: str = "",
+        speculate: bool = True,
         predict_head: bool = False,
     ) -> None: ...
     def decode(
-        self, sessions: Sequence[Session], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
+        self, sessions: Sequence[Session], token_ids: NDArray[np.int32], *, logits: NDArray[np.float32]
     ) -> None: ...
     def load_all(self) -> None: ...
     def expert_counters(self) -> dict[str, Any]: ...
     def set_head_rows(self, rows: str) -> None: ...
     def sample(
-        self, sampler: Sampler, logits: NDArray[np.float32], top_logprobs: int
+        self, sampler: Sampler, logits: NDArray[np.float32], *, top_logprobs: int
     ) -> tuple[int, float, list[tuple[int, float]]]: ...
     def new_session(self) -> Session: ...
     def forward(
-        self, session: Session, token_ids: NDArray[np.int32], logits: NDArray[np.float32] | None
+        self, session: Session, token_ids: NDArray[np.int32], *, logits: NDArray[np.float32] | None
     ) -> None: ...
     @property
     def kernels(self) -> str: ...
@@ -174,14 +198,15 @@ class Sampler:
     def __init__(
         self,
         vocab_size: int,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        repetition_penalty: float,
-        presence_penalty: float,
-        frequency_penalty: float,
-        seed: int,
-        logit_bias: Mapping[int, float],
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        logit_bias: Mapping[int, float] = ...,
     ) -> None: ...
     def observe_prompt(self, token_ids: Sequence[int]) -> None: ...

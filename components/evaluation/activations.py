@@ -25,13 +25,13 @@ from components.corpus.categories import CATEGORIES
 from components.corpus.shards import TOKENIZER_FOLDER, TokenShards
 from components.evaluation.config import EvaluateConfig
 from components.measures.heldout import held_out_windows, token_bytes
+from components.measures.intervals import bootstrap_ratio
 from model import SmallThinkerForCausalLM
 from model.masks import document_ids
 
 SPLIT: Final = "heldout"
 COLD_FREQUENCY: Final = 0.14  # the paper's mark for a rarely used expert
 _FEWEST_TOKENS = 64  # a share over fewer tokens is noise and gives no point of the box plot
-_BOOTSTRAP_SAMPLES = 1000
 
 Int64s = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -168,14 +168,6 @@ class RoutingStatistics:
     def mean_sparsity(self) -> float:
         """Share of a chosen expert's neurons that are inactive, over all (token, expert) pairs."""
         return float(1.0 - self.active_LE.sum() / max(1.0, self.rows_LE.sum() * self.expert_width))
-
-
-def bootstrap_ratio(numerators: Floats, denominators: Floats, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of ``sum(numerators) / sum(denominators)``, resampling pairs (windows of text)."""
-    draw = np.random.default_rng(seed).integers(0, len(numerators), (_BOOTSTRAP_SAMPLES, len(numerators)))
-    ratios = numerators[draw].sum(axis=1) / denominators[draw].sum(axis=1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(low), float(high)
 
 
 @torch.inference_mode()

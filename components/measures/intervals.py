@@ -1,4 +1,4 @@
-"""Confidence intervals: ``wilson_interval(right=7, n=10)``, ``paired_interval(differences)``; 95 % throughout."""
+"""Intervals of 95 %: ``wilson_interval(7, 10)``, ``paired_interval(differences)``, ``bootstrap_ratio(a, b)``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+_BOOTSTRAP_SAMPLES = 1000
 _Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
@@ -53,3 +58,11 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     variance = math.fsum((d - mean) ** 2 for d in differences) / max(1, n - 1)
     half = _Z95 * math.sqrt(variance / n)
     return mean, mean - half, mean + half
+
+
+def bootstrap_ratio(numerators: Floats, denominators: Floats, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of ``sum(numerators) / sum(denominators)``, resampling pairs (windows of text)."""
+    draw = np.random.default_rng(seed).integers(0, len(numerators), (_BOOTSTRAP_SAMPLES, len(numerators)))
+    ratios = numerators[draw].sum(axis=1) / denominators[draw].sum(axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)

@@ -68,7 +68,7 @@ log=$folder/log
         cmake --build "$folder" --target core_tests --parallel 2
 } >"$log" 2>&1 || { tail -n 40 "$log" >&2; fail "core_tests does not build for $machine"; }
 
-objects=$(find "$folder" -name 'kernels_[an]*.o' ! -name '*reference*')
+objects=$(find "$folder" -path '*/kernels/*/*.o')
 [ -n "$objects" ] || fail "no kernel file was compiled for $machine"
 for object in $objects; do
     leaked=$($names -C --defined-only "$object" | grep -E ' [WVu] ' || true)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from runtime_cpu import _core
+from runtime_cpu._core import TokenType
 from runtime_cpu.console import add_kv_option
 from runtime_cpu.engine.head_predictor import HeadPredictorInfo
 from runtime_cpu.engine.options import CHUNK_TOKENS, MAX_THREADS, model_file
 from runtime_cpu.memory.plan import MemoryBudgetError, MemoryPlan, format_bytes, parse_bytes
 from runtime_cpu.memory.planner import Planner, preload
 from runtime_cpu.memory.traffic import kv_bytes, skips_silent_neurons, weight_bytes
-from runtime_cpu.text.tokenizer import TokenType
 
 # The paper's mean over layers (arXiv 2507.20984, section 5.1).
 DEFAULT_SPARSITY = 0.62

@@ -138,7 +138,7 @@ class Engine(ClosedAtExit):
         context, sessions, plan = planner.fit(context, sessions)
         _log.info("%s: memory %s", file.name, plan)
         runtime = _core.Runtime(
-            model=model,
+            model,
             threads=threads,
             context=context,
             kv_type=kv_type,

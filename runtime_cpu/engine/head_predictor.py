@@ -3,8 +3,8 @@
     info = Engine.open("model.gguf", head="predictor").info.head_predictor
     print(info)                     # what was measured when the predictor was made
 
-A predictor is two small matrices, trained at export or imported (``head_import.py``); it is never in use unless asked
-for, because it can lose tokens. ``head.py`` measures one on text.
+A predictor is two small matrices, trained at export or imported (``files/head_import.py``); it is never in use unless
+asked for, because it can lose tokens. ``commands/head.py`` measures one on text.
 """
 
 from __future__ import annotations

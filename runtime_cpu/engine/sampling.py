@@ -69,13 +69,13 @@ class SamplingOptions:
         """What turns rows of ``vocab_size`` logits into ids; its random numbers follow from ``seed`` alone."""
         return Sampler(
             vocab_size,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty,
-            self.frequency_penalty,
-            seed,
-            dict(self.logit_bias),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            seed=seed,
+            logit_bias=dict(self.logit_bias),
         )

@@ -64,7 +64,7 @@ class Scheduler:
             EngineError: the engine is closed, or weights cannot be read.
         """
         with self._lock:
-            self._open_runtime().forward(session, token_ids, logits)
+            self._open_runtime().forward(session, token_ids, logits=logits)
 
     def step(self, session: _core.Session, token_id: int, logits: NDArray[np.float32]) -> None:
         """Append ``token_id`` to ``session``; ``logits`` [1, V] gets the row after it (:meth:`Batcher.step`)."""
@@ -78,7 +78,7 @@ class Scheduler:
         self, sampler: _core.Sampler, row: NDArray[np.float32], top_logprobs: int
     ) -> tuple[int, float, list[tuple[int, float]]]:
         """Choose from ``row`` [V]: the id, its log-probability, and the ``top_logprobs`` most probable ones."""
-        return self._open_runtime().sample(sampler, row, top_logprobs)
+        return self._open_runtime().sample(sampler, row, top_logprobs=top_logprobs)
 
     @contextmanager
     def head_rows(self, rows: str) -> Iterator[None]:
@@ -101,4 +101,4 @@ class Scheduler:
         self, sessions: Sequence[_core.Session], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
     ) -> None:
         """Steps of several sequences as one pass; the batcher holds the lock."""
-        self._open_runtime().decode(sessions, token_ids, logits)
+        self._open_runtime().decode(sessions, token_ids, logits=logits)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from runtime_cpu._core import TokenType
 from runtime_cpu.files.checkpoint_files import CheckpointError, read_json, read_text
 from runtime_cpu.files.gguf_writer import Value
-from runtime_cpu.text.tokenizer import QWEN2_PATTERN, Tokenizer, TokenizerError, TokenType
+from runtime_cpu.text.tokenizer import QWEN2_PATTERN, Tokenizer, TokenizerError
 
 _TOKENIZER, _SETTINGS, _VOCAB, _MERGES = "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"
 _PLAIN_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")

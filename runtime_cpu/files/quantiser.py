@@ -1,7 +1,7 @@
 """Weights of a checkpoint as GGUF stores them: ``encode(raw, "BF16", "Q4_0")``.
 
 The bytes are those of ggml's reference quantisers (``quantize_row_q4_0_ref`` and ``quantize_row_q8_0_ref`` in
-ggml-quants.c), which ``llama-quantize`` calls. Blocks lie in columns while they are computed: the greatest of 32
+ggml-quants.c), which ``llama-quantize`` calls. Blocks of Q8_0 are columns while they are computed: the greatest of 32
 weights is then a comparison of whole rows, and all of it 2.7 times as fast as with 32 neighbours at a time.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from runtime_cpu import _core
 
 # Storage in a checkpoint; numpy has no bfloat16, its bits are carried as integers.
 STORAGE: dict[str, np.dtype[Any]] = {"BF16": np.dtype("<u2"), "F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -50,8 +52,9 @@ def _encode(raw: NDArray[Any], stored: str, kind: str) -> Bytes:
             narrowed = values.astype("<f4" if kind == "F32" else "<f2", copy=False)
         _check(narrowed, values, kind)
         return np.ascontiguousarray(narrowed).view(np.uint8)
-    values = to_float32(np.ascontiguousarray(raw.reshape(-1, BLOCK).T), stored)
-    return _q4_0(values) if kind == "Q4_0" else _q8_0(values)
+    if kind == "Q4_0":
+        return _q4_0(np.ascontiguousarray(to_float32(raw, stored)))
+    return _q8_0(to_float32(np.ascontiguousarray(raw.reshape(-1, BLOCK).T), stored))
 
 
 def _check(narrowed: NDArray[np.floating], values: Floats, kind: str) -> None:
@@ -60,48 +63,28 @@ def _check(narrowed: NDArray[np.floating], values: Floats, kind: str) -> None:
         raise WeightError(f"a weight too large for {kind}" if finite else "a weight that is no finite number")
 
 
-def _scales(
-    largest: Floats, divisor: int, kind: str
-) -> tuple[NDArray[np.float16], Floats, NDArray[np.bool_]]:
-    """Scales as stored, their inverses, and where a scale is too small to have one."""
-    scale = largest / np.float32(divisor)
+def _scales(largest: Floats) -> tuple[NDArray[np.float16], Floats, NDArray[np.bool_]]:
+    """Scales of Q8_0 as stored, their inverses, and where a scale is too small to have one."""
+    scale = largest / np.float32(127)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scale == 0, np.float32(0), np.float32(1) / scale)
         stored = scale.astype("<f2")
-    _check(stored, largest, kind)
+    _check(stored, largest, "Q8_0")
     tiny = np.isinf(inverse)
     inverse[tiny] = 0
     return stored, inverse, tiny
 
 
 def _q4_0(values: Floats) -> Bytes:
-    """[32, blocks]: the weight of greatest size (the first of equals) becomes -8, the others follow.
-
-    A block of zeros keeps its first zero's sign in the scale, as the ``gguf`` package has it; ggml forgets that sign.
-    """
-    high, low = values.max(0), values.min(0)
-    largest = np.where(-low > high, low, high)
-    equal = np.flatnonzero(-low == high)
-    if equal.size:
-        some = values[:, equal]
-        largest[equal] = some[np.abs(some).argmax(0), np.arange(equal.size)]
-    scale, inverse, tiny = _scales(largest, -8, "Q4_0")
-    scaled = values * inverse
-    scaled += np.float32(8.5)
-    levels = scaled.astype(np.uint8)
-    np.minimum(levels, 15, out=levels)
-    if tiny.any():
-        levels[:, tiny] = 0  # as the reference: its infinities convert to 0
-    half = BLOCK // 2
-    blocks = np.empty((values.shape[1], 2 + half), np.uint8)
-    blocks[:, :2] = scale.view(np.uint8).reshape(-1, 2)
-    blocks[:, 2:] = (levels[:half] | (levels[half:] << 4)).T
-    return blocks.ravel()
+    """[n], by the core, which has the same quantiser for its own routers."""
+    blocks = _core.quantise_q4_0(values)
+    _check(blocks.reshape(-1, 2 + BLOCK // 2)[:, :2].copy().view("<f2"), values, "Q4_0")
+    return blocks
 
 
 def _q8_0(values: Floats) -> Bytes:
     """[32, blocks]: the greatest size becomes 127; halves round away from zero, as C's roundf."""
-    scale, inverse, tiny = _scales(np.abs(np.maximum(values.max(0), -values.min(0))), 127, "Q8_0")
+    scale, inverse, tiny = _scales(np.abs(np.maximum(values.max(0), -values.min(0))))
     scaled = values * inverse
     whole = np.trunc(scaled)
     whole += np.trunc(2 * (scaled - whole))

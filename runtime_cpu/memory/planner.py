@@ -59,13 +59,13 @@ class Planner:
         threads, kv_type, chunk_tokens, kernels = self._arguments
         base = _core.plan(
             self._model,
-            threads,
-            context,
-            kv_type,
-            chunk_tokens,
-            kernels,
-            slots is not None,
-            self._predict_head,
+            threads=threads,
+            context=context,
+            kv_type=kv_type,
+            chunk_tokens=chunk_tokens,
+            kernels=kernels,
+            offload=slots is not None,
+            predict_head=self._predict_head,
         )
         experts = self._all_experts if base.expert_bytes else 0
         held = experts if slots is None else min(slots, experts)

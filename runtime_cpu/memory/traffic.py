@@ -50,9 +50,10 @@ def kv_bytes(model: _core.Model, length: int, kv_type: str = "auto") -> int:
     positions = sum(
         min(length, model.window) if windowed else length for windowed in model.sliding_window_layout
     )
-    return 2 * positions * model.kv_heads * _core.plan(model, 1, 1, kv_type, 1, "auto", False).kv_vector_bytes
+    plan = _core.plan(model, threads=1, context=1, chunk_tokens=1, kv_type=kv_type)
+    return 2 * positions * model.kv_heads * plan.kv_vector_bytes
 
 
 def skips_silent_neurons(model: _core.Model, kernels: str = "auto") -> bool:
     """Whether these kernels leave out the weights of silent neurons: of Q4_0 experts, where they can."""
-    return _core.plan(model, 1, 1, "auto", 1, kernels, False).expert_bytes > 0
+    return _core.plan(model, threads=1, context=1, chunk_tokens=1, kernels=kernels).expert_bytes > 0

@@ -1,9 +1,9 @@
 """Packing a stock GGUF file into the engine's own layout: ``pack("stock.gguf", "packed.gguf")``.
 
-The result is a GGUF file still, with the stock file's weights bit for bit: each expert is one
-aligned, checksummed run of bytes in the order in which the kernels read it (``csrc/packed.hpp``), so an engine under a
-memory budget fetches it with one read and needs no work on it. Matrices that are not Q4_0, norms and the tokenizer are
-copied as they are.
+The result is a GGUF file still, with the stock file's weights bit for bit: each expert is one aligned, checksummed run
+of bytes in the order in which the kernels read it (``csrc/model/packed.hpp``), so an engine under a memory budget
+fetches it with one read and needs no work on it. Matrices that are not Q4_0, norms and the tokenizer are copied as they
+are.
 
 With statistics (``expert_counts`` [layers][experts], as ``Engine.stats.expert_counts`` has them) the most used experts
 of each layer come first, and an engine fills its cache with them while the prompt is read.
@@ -103,7 +103,7 @@ def pack(
     metadata[f"{_PREFIX}vocab_size"] = np.uint32(model.vocab_size)
     for name, stem in tiled.items():
         metadata[f"{_PREFIX}packed.checksum.{stem}"] = np.uint64(
-            _core.checksum64(model.pack_tiles(name, threads))
+            _core.checksum64(_core.pack_tiles(model, name, threads=threads))
         )
     for name, (_, packed) in added.items():
         if packed is not None:
@@ -118,14 +118,14 @@ def pack(
     def experts(layer: int) -> Iterator[NDArray[np.uint8]]:
         for start in range(0, model.experts, _EXPERTS_AT_ONCE):
             ids = order[layer, start : start + _EXPERTS_AT_ONCE].tolist()
-            data, sums = model.pack_experts(layer, ids, threads)
+            data, sums = _core.pack_experts(model, layer, ids=ids, threads=threads)
             checksums[layer, ids] = np.asarray(sums, np.uint64).reshape(-1, 2)
             yield data
 
     with source.open("rb") as file, GGUFWriter(target, metadata, infos, alignment=_ALIGNMENT) as writer:
         for name in kept:
             if name in tiled:
-                writer.write(f"{tiled[name]}.tiles", model.pack_tiles(name, threads))
+                writer.write(f"{tiled[name]}.tiles", _core.pack_tiles(model, name, threads=threads))
             else:
                 _, _, offset, size = tensors[name]
                 writer.write(name, _copied(file, offset, size))
@@ -191,7 +191,7 @@ def _tiles_info(stem: str, shape: Sequence[int]) -> TensorInfo:
 def _predictor_tiles(predictor: ImportedPredictor | None, name: str, threads: int) -> NDArray[np.uint8]:
     assert predictor is not None
     columns = next(info.shape[0] for info in predictor.infos() if info.name == name)
-    return _core.pack_rows(np.concatenate(list(predictor.data(name))), columns, threads)
+    return _core.pack_rows(np.concatenate(list(predictor.data(name))), columns=columns, threads=threads)
 
 
 def _copied(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ How weights alone do it. The residual stream's dimensions are four ranges of who
 
 - ``C`` constant: 1 in every token's embedding, written by no layer (rows of zeros). Router rows and gate rows read it
   as their biases: popular experts, neurons that rest.
-- ``G`` group: equal for the ids of a group (:func:`group_size` neighbours). Routers read it, so tokens of one group
+- ``G`` group: equal for the ids of a group (``routing.group_size`` neighbours). Routers read it, so tokens of one group
   tend to the same experts; the head favours the current group, so generated text stays in it for a while.
 - ``T`` token: random, written by no layer. Routers read it: what tells the tokens of a group apart.
 - ``O`` output: almost nothing in the embedding; attention and experts write only here, each layer adding the fraction
@@ -17,7 +17,7 @@ How weights alone do it. The residual stream's dimensions are four ranges of who
   part of a routing decision that cannot be known a layer earlier. The head reads it: the next token hangs on the
   whole context, so greedy decoding does not run in circles.
 
-Independent tokens (uniform ids) then share experts by popularity alone; :func:`text_like_ids` stays in a group and
+Independent tokens (uniform ids) then share experts by popularity alone; ``routing.text_like_ids`` stays in a group and
 shares ``overlap`` of them. All Q4_0 bytes are drawn directly; nothing is quantised, and one chunk is in memory.
 """
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from runtime_cpu._core import TokenType, byte_alphabet
 from runtime_cpu.files.gguf_writer import Value
 from runtime_cpu.synth.shapes import SynthError
 from runtime_cpu.text.chat_template import CHATML_TEMPLATE
-from runtime_cpu.text.tokenizer import TokenType, byte_alphabet
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _UNUSED_IDS = 290  # 151646 to 151935, as in the released vocabulary

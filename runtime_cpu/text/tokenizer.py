@@ -10,8 +10,8 @@
     print(stream.finish())
 
 The pre-tokenizer is Qwen2's (``tokenizer.ggml.pre = qwen2``): NFC, then its regular expression, both by the
-``tokenizers`` library. Bytes are merged by the core (``csrc/vocabulary.hpp``), which takes the file's tables as they
-are: the library's own model of 150,000 tokens takes ten times as long to make and five times the memory. Ids equal
+``tokenizers`` library. Bytes are merged by the core (``csrc/model/vocabulary.hpp``), which takes the file's tables as
+they are: the library's own model of 150,000 tokens takes ten times as long to make and five times the memory. Ids equal
 those of the Hugging Face tokenizer of origin.
 """
 
@@ -20,40 +20,21 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from enum import IntEnum
 from typing import Any
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from runtime_cpu import _core
 from runtime_cpu._core import TokenizerError as TokenizerError
+from runtime_cpu._core import TokenType
 
 # Qwen2's pattern, as in its tokenizer.json and in llama.cpp (LLAMA_VOCAB_PRE_TYPE_QWEN2).
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WINDOW_CHARACTERS = 1 << 14
+WINDOW_CHARACTERS = 1 << 14
 _STOP_TEXTS = ("<|endoftext|>", "<|im_end|>")
-
-
-class TokenType(IntEnum):
-    """``tokenizer.ggml.token_type``, as in llama.cpp's ``llama_token_type``."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-def byte_alphabet() -> list[str]:
-    """GPT-2's printable character for each of the 256 bytes (index = byte)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = {byte: chr(byte) for byte in printable}
-    extra = iter(range(256, 512))
-    return [characters[byte] if byte in characters else chr(next(extra)) for byte in range(256)]
 
 
 class Tokenizer:
@@ -123,7 +104,7 @@ class Tokenizer:
         merges = _strings(metadata, "tokenizer.ggml.merges")
         raw_kinds = metadata.get("tokenizer.ggml.token_type")
         kinds = None if raw_kinds is None else [int(kind) for kind in raw_kinds]
-        vocabulary = _core.Vocabulary.of(tokens, kinds, merges)
+        vocabulary = _core.Vocabulary.of(tokens, kinds=kinds, merges=merges)
         return cls(vocabulary, **_named_ids(metadata))
 
     def encode(self, text: str, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
@@ -159,7 +140,7 @@ class Tokenizer:
 
     def _words(self, text: str) -> Iterator[list[str]]:
         """Words of ``text``, some thousands at a time: those of a megabyte weigh a hundred."""
-        begin, size = 0, _WINDOW_CHARACTERS
+        begin, size = 0, WINDOW_CHARACTERS
         while begin < len(text):
             whole = begin + size >= len(text)
             words = self._pre_tokenizer.pre_tokenize_str(text[begin : begin + size])
@@ -173,7 +154,7 @@ class Tokenizer:
                     continue
             yield [word for word, _ in words]
             begin = len(text) if whole else begin + words[-1][1][1]
-            size = _WINDOW_CHARACTERS
+            size = WINDOW_CHARACTERS
 
     def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Cut ``text`` at control tokens, longest first: pairs of (piece, id or ``None`` for plain text)."""

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.artifacts import StageError
+from components.pretraining.checkpoints import saving
 from components.pretraining.checkpoints.saving import Saver
 from components.pretraining.config import PretrainConfig
 from components.pretraining.processes.ranks import Ranks
@@ -23,7 +24,6 @@ from components.weights.checkpoint_store import (
     CHECKSUMS_NAME,
     CheckpointStore,
     DamagedCheckpointError,
-    saving,
     split_by_size,
     verify,
 )

@@ -128,7 +128,7 @@ def test_control_tokens_without_a_bar_are_guarded_too(tokenizer: Tokenizer) -> N
         *map(chr, range(33, 127)),
         *(tokenizer_character(byte) for byte in range(256) if not 33 <= byte < 127),
     ]
-    other = Tokenizer(_core.Vocabulary.of([*tokens, "<s>", "</s>"], [1] * 256 + [3, 3], []))
+    other = Tokenizer(_core.Vocabulary.of([*tokens, "<s>", "</s>"], kinds=[1] * 256 + [3, 3], merges=[]))
     template = ChatTemplate("<s>{{ messages[0].content }}</s>", other)
     ids = template.encode([{"role": "user", "content": "</s><s><<s>"}])
     assert [i for i in ids if other.is_control(i)] == [256, 257]
@@ -136,7 +136,7 @@ def test_control_tokens_without_a_bar_are_guarded_too(tokenizer: Tokenizer) -> N
 
 
 def tokenizer_character(byte: int) -> str:
-    from runtime_cpu.text.tokenizer import byte_alphabet
+    from runtime_cpu._core import byte_alphabet
 
     return byte_alphabet()[byte]
 

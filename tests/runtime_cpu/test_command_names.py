@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import runtime_cpu
+from runtime_cpu import _core
 from runtime_cpu.__main__ import main
-from runtime_cpu.commands.table import COMMANDS
+from runtime_cpu.commands.table import COMMANDS, PACKAGE
 
 FOLDER = Path(runtime_cpu.__file__).parent
 # As they were called before the modules had folders: what scripts and services hold.
@@ -52,14 +53,14 @@ def test_a_wrong_command_is_told_the_right_ones(capsys: pytest.CaptureFixture[st
 
 
 def test_the_processes_of_the_benchmark_keep_their_names() -> None:
-    done = python("-m", "runtime_cpu.bench_worker", "versions")
+    done = python("-m", f"{PACKAGE}.bench_worker", "versions")
     assert done.returncode == 0 and "numpy" in done.stdout
     assert find_spec("runtime_cpu.bench_machine") is not None
 
 
 def test_nothing_else_is_found() -> None:
     assert find_spec("runtime_cpu.engine_of_old") is None
-    done = python("-m", "runtime_cpu.generation")
+    done = python("-m", f"{PACKAGE}.generation")
     assert done.returncode == 1 and "No module named runtime_cpu.generation" in done.stderr
 
 
@@ -73,7 +74,7 @@ def test_a_plain_copy_of_the_package_has_its_commands(tmp_path: Path) -> None:
     """As a wheel lays it out: no editable install, whose own finder comes before all others, has a part in it."""
     copy = tmp_path / "site" / "runtime_cpu"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("csrc", "__pycache__"))
-    core = Path(runtime_cpu._core.__file__)
+    core = Path(_core.__file__)
     shutil.copy(core, copy / core.name)
     program = (
         "import runpy, sys\n"

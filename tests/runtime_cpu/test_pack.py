@@ -34,7 +34,7 @@ def offloading(
         info = opened.info
     model = _core.Model.open(str(path))
     runtime = _core.Runtime(
-        model=model,
+        model,
         threads=threads,
         context=128,
         kv_type="auto",
@@ -236,11 +236,11 @@ def test_what_cannot_be_packed(
 PACK_ALL_BUT_THE_NAME = """
 import sys
 from pathlib import Path
-from runtime_cpu import pack
+from runtime_cpu.pack.__main__ import main
 from tests.freezing import freeze_when
 partial, size = Path(sys.argv[1]), int(sys.argv[2])
 freeze_when(lambda: partial.exists() and partial.stat().st_size >= size)
-pack.main(sys.argv[3:])
+main(sys.argv[3:])
 """
 
 

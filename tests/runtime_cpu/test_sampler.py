@@ -93,13 +93,14 @@ def runtimes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     names = available_kernels()
     pairs = [(name, 1) for name in names] + [(names[-1], 2), (names[-1], 3)]
     return {
-        pair: _core.Runtime(model, pair[1], 8, "auto", pair[0], 8, 0, "auto", "", False) for pair in pairs
+        (kernels, threads): _core.Runtime(model, threads=threads, context=8, kernels=kernels, chunk_tokens=8)
+        for kernels, threads in pairs
     }
 
 
 def sampler(size: int, options: tuple[float, int, float, float], seed: int) -> _core.Sampler:
     temperature, top_k, top_p, min_p = options
-    return _core.Sampler(size, temperature, top_k, top_p, min_p, 1.0, 0.0, 0.0, seed, {})
+    return _core.Sampler(size, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -119,7 +120,7 @@ def test_draws_are_those_of_sorting(
     for seed in range(6):
         fraction = next(fractions(seed))
         chosen = {
-            pair: runtime.sample(sampler(row.size, options, seed), row, 0)[:2]
+            pair: runtime.sample(sampler(row.size, options, seed), row, top_logprobs=0)[:2]
             for pair, runtime in runtimes.items()
         }
         fastest = available_kernels()[-1]
@@ -142,7 +143,7 @@ def test_log_probabilities_and_the_list_of_the_best(
     exact -= math.log(np.exp(exact).sum())
     order = np.lexsort((np.arange(row.size), -row.astype(np.float64)))[: min(60, row.size)]
     for runtime in runtimes.values():
-        token, logprob, top = runtime.sample(sampler(row.size, (0.0, 0, 1.0, 0.0), 0), row, 60)
+        token, logprob, top = runtime.sample(sampler(row.size, (0.0, 0, 1.0, 0.0), 0), row, top_logprobs=60)
         assert token == int(row.argmax())
         assert logprob == pytest.approx(exact[token], rel=2e-6, abs=2e-6)
         assert [i for i, _ in top] == order.tolist()
@@ -155,14 +156,14 @@ def test_penalties_and_bias_move_the_choice_and_leave_the_log_probability(
     row = np.random.default_rng(1).standard_normal(9_000).astype(np.float32)
     best, second, third = (int(i) for i in np.argsort(-row)[:3])
     for runtime in runtimes.values():
-        plain = _core.Sampler(row.size, 0.0, 0, 1.0, 0.0, 1.0, 5.0, 0.0, 0, {second: -9.0})
-        first = runtime.sample(plain, row, 1)
-        after = runtime.sample(plain, row, 1)
+        plain = _core.Sampler(row.size, presence_penalty=5.0, logit_bias={second: -9.0})
+        first = runtime.sample(plain, row, top_logprobs=1)
+        after = runtime.sample(plain, row, top_logprobs=1)
         assert (first[0], after[0]) == (best, third)
         assert first[2] == after[2] and first[2][0][0] == best
-        repeated = _core.Sampler(row.size, 0.0, 0, 1.0, 0.0, 100.0, 0.0, 0.0, 0, {})
+        repeated = _core.Sampler(row.size, repetition_penalty=100.0)
         repeated.observe_prompt([best])
-        assert runtime.sample(repeated, row, 0)[0] == second
+        assert runtime.sample(repeated, row, top_logprobs=0)[0] == second
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -171,5 +172,5 @@ def test_damaged_rows_give_some_token(bad: float, runtimes: dict[tuple[str, int]
         for runtime in runtimes.values():
             for row in (np.full(9_000, bad, np.float32), np.zeros(9_000, np.float32)):
                 row[4_500] = bad
-                token, _, top = runtime.sample(sampler(row.size, options, 3), row, 5)
+                token, _, top = runtime.sample(sampler(row.size, options, 3), row, top_logprobs=5)
                 assert 0 <= token < row.size and len(top) == 5

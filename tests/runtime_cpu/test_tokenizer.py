@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_cpu import _core
+from runtime_cpu._core import byte_alphabet
 from runtime_cpu.synth.vocabulary import synthetic_vocabulary
-from runtime_cpu.text.tokenizer import Tokenizer, TokenizerError, byte_alphabet
+from runtime_cpu.text.tokenizer import Tokenizer, TokenizerError
 from tests.runtime_cpu.gguf_vocabulary import CONTROL, CORPUS, USER_DEFINED, read_metadata, train, write_gguf
 
 pieces = st.one_of(
@@ -81,7 +82,7 @@ blanks = st.text(st.sampled_from(" \n\r\t\u00a0\u3000ab1!'"), max_size=40)
 def test_where_a_long_text_is_cut_changes_nothing(tokenizer: Tokenizer, text: str, window: int) -> None:
     expected = tokenizer.encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime_cpu.text.tokenizer._WINDOW_CHARACTERS", window)
+        patch.setattr("runtime_cpu.text.tokenizer.WINDOW_CHARACTERS", window)
         assert tokenizer.encode(text) == expected
 
 
@@ -236,7 +237,7 @@ def test_every_token_has_its_bytes_wherever_special_ones_lie() -> None:
                 expected.append(text.encode())
         tokens, kinds = [*tokens, character, character * 2], [*kinds, 1, 1]
         expected += [bytes([byte]), bytes([byte, byte])]
-    built = Tokenizer(_core.Vocabulary.of(tokens, kinds, []))
+    built = Tokenizer(_core.Vocabulary.of(tokens, kinds=kinds, merges=[]))
     assert [built.token_bytes(index) for index in range(len(tokens))] == expected
     assert built.decode(built.encode("<|ü0|>é", parse_special=True)) == "<|ü0|>é"
 

@@ -19,7 +19,7 @@ from components.artifacts import StageContext, StageError
 from components.corpus.templates import TOPICS, is_reserved
 from components.synthesis import run
 from components.synthesis import stage as stage_module
-from components.synthesis.teacher.teacher import client as client_module
+from components.synthesis.teacher import client as client_module
 from tests.waiting import wait_for
 
 from .conftest import TestTeacher

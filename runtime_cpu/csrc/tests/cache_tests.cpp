@@ -7,9 +7,9 @@
 #include <mutex>
 #include <thread>
 
-#include "asleep.hpp"
-#include "expert_file.hpp"
-#include "thread_pool.hpp"
+#include "forward/thread_pool.hpp"
+#include "tests/asleep.hpp"
+#include "tests/expert_file.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -122,7 +122,7 @@ void weather_storm(const Storm& storm) {
                 part);
         };
         pool.run(kUsed * kParts * 2, [&](std::int64_t piece, int) { verify(piece); });  // each part twice
-        if (kind == 5) cache.settle();
+        if (kind == 5) cache.drain();
         // Lets reads end in between; no check hangs on it.
         if (kind == 6) std::this_thread::sleep_for(std::chrono::microseconds(300));
         pool.run(kUsed * kParts, [&](std::int64_t piece, int) { verify(piece); });  // still there
@@ -132,7 +132,7 @@ void weather_storm(const Storm& storm) {
     std::thread other(drive, 1);
     drive(0);
     other.join();
-    cache.settle();
+    cache.drain();
     const CacheCounters counters = cache.counters();
     CHECK(counters.hits + counters.joined + counters.misses == requested.load());
     CHECK(counters.failures == 0 && counters.misses >= static_cast<std::uint64_t>(kUsed));
@@ -176,7 +176,7 @@ void fail_and_recover(const std::string& backend, bool transformed) {
     CHECK(contains(error, sentence), "%s", error.c_str());
     CHECK(error_of([&] { cache.wait(1, 2, part); }) == error);  // until the layer is released
     CHECK(good(0, 0) && good(3, 0) && good(3, 1));
-    cache.settle();
+    cache.drain();
     CHECK(cache.in_memory(1, 2));
     cache.release(1);
     CHECK(!cache.in_memory(1, 2) && cache.in_memory(1, 3));
@@ -230,9 +230,9 @@ void fail_and_recover(const std::string& backend, bool transformed) {
     cache.request(1, {});
     cache.request(0, {});
   }
-  cache.settle();  // a busy reader would drop the guess
+  cache.drain();  // a busy reader would drop the guess
   CHECK(cache.speculate(1, std::vector<std::int32_t>{2}) == 1);
-  cache.settle();
+  cache.drain();
   weather.broken = -1;
   works();
   CHECK(cache.counters().failures >= 5 && cache.counters().speculated_wasted >= 1);
@@ -260,7 +260,7 @@ void keep_promises() {
   CHECK(cache.speculate(2, ids({0, 1})) == 0 && cache.warm(std::vector<ExpertKey>{{2, 0}}) == 0);
   for (const int expert : {0, 1}) CHECK(experts.same(0, expert, 0, cache.wait(0, expert, 0)));
   cache.release(1);
-  cache.settle();
+  cache.drain();
   CHECK(cache.speculate(2, ids({0, 1})) == 0);  // all were used just now
   cache.release(0);
 
@@ -276,7 +276,7 @@ void keep_promises() {
   CacheCounters counters = cache.counters();
   CHECK(counters.speculated == 2 && counters.speculated_used == 1 && counters.misses == 4);
   CHECK(counters.hits + counters.joined == 1);
-  cache.settle();
+  cache.drain();
   for (int token = 0; token < 2; ++token) {
     cache.request(0, ids({2, 3}));
     for (const int expert : {2, 3}) CHECK(experts.same(0, expert, 1, cache.wait(0, expert, 1)));
@@ -309,7 +309,7 @@ void keep_guesses() {
     use(0, {});
   }
   CHECK(cache.speculate(3, std::vector<std::int32_t>{5}) == 1);
-  cache.settle();
+  cache.drain();
   use(1, {0});
   use(2, {0, 1});
   CHECK(cache.in_memory(3, 5), "a guess gave way before its layer's turn");
@@ -365,7 +365,7 @@ void hold_reads() {
   // All first parts are read before the second ones.
   order.clear();
   cache.request(2, std::vector<std::int32_t>{0, 1});
-  cache.settle();
+  cache.drain();
   cache.release(2);
   CHECK(order ==
         (std::vector<std::uint64_t>{experts.extent(2, 0, 0).offset, experts.extent(2, 1, 0).offset,
@@ -412,7 +412,7 @@ void refuse_bad_layouts() {
   const AlignedMemory memory(experts.layout.slot_bytes * 2);
   const auto refused = [&](const char* sentence, const auto& bend, std::size_t bytes) {
     ExpertLayout layout = experts.layout;
-    bend(layout);
+    mutate(layout);
     const std::string error =
         error_of([&] { ExpertCache(*reader, std::move(layout), memory.span().first(bytes)); });
     CHECK(contains(error, sentence), "%s", error.c_str());

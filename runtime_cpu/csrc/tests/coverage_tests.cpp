@@ -1,5 +1,5 @@
 // The readers of stock and packed files under bytes that are chosen by what they reach: a file that runs
-// through new edges joins the corpus and is bent again.
+// through new edges joins the corpus and is mutated again.
 //
 //   core_tests --coverage 1000000 --seed 2 coverage      // built with -DSMALLTHINKER_SANITIZE=address
 #include <algorithm>
@@ -7,12 +7,12 @@
 #include <cstring>
 #include <memory>
 
-#include "check.hpp"
-#include "coverage/edges.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "packed_builder.hpp"
-#include "short_run.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/coverage/edges.hpp"
+#include "tests/gguf_builder.hpp"
+#include "tests/packed_builder.hpp"
+#include "tests/short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -30,12 +30,12 @@ struct Sample {
   bool accepted = true;
 };
 
-class Bender {
+class Mutator {
  public:
-  explicit Bender(std::uint64_t seed) : random_(seed) {}
+  explicit Mutator(std::uint64_t seed) : random_(seed) {}
   std::size_t below(std::size_t limit) { return limit == 0 ? 0 : random_.next() % limit; }
 
-  Sample bend(const std::vector<Sample>& corpus) {
+  Sample mutate(const std::vector<Sample>& corpus) {
     // What was accepted, what came last (it has reached furthest), and anything, each as often.
     const std::size_t latest = std::min<std::size_t>(corpus.size(), 16);
     std::size_t chosen = below(corpus.size());
@@ -166,10 +166,10 @@ void test_coverage(unsigned long cases, unsigned long seed) {
     return;
   }
   const std::size_t first = corpus.size();
-  Bender bender(seed);
+  Mutator mutator(seed);
   unsigned long accepted = 0;
   for (unsigned long i = 0; i < cases; ++i) {
-    Sample sample = bender.bend(corpus);
+    Sample sample = mutator.mutate(corpus);
     sample.accepted = parse(sample, fresh);
     accepted += sample.accepted ? 1 : 0;
     if (fresh) corpus.push_back(std::move(sample));

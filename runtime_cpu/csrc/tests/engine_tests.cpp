@@ -7,12 +7,12 @@
 #include <numeric>
 #include <thread>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "runtime.hpp"
-#include "sampler.hpp"
-#include "thread_pool.hpp"
+#include "forward/runtime.hpp"
+#include "forward/sampler.hpp"
+#include "forward/thread_pool.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <memory>
 
-#include "checksum.hpp"
-#include "expert_cache.hpp"
-#include "test_file.hpp"
+#include "experts/cache.hpp"
+#include "experts/checksum.hpp"
+#include "tests/test_file.hpp"
 
 namespace smallthinker::testing {
 

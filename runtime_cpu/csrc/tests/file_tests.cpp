@@ -5,9 +5,9 @@
 #include <set>
 #include <thread>
 
-#include "asleep.hpp"
-#include "checksum.hpp"
-#include "test_file.hpp"
+#include "experts/checksum.hpp"
+#include "tests/asleep.hpp"
+#include "tests/test_file.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -88,9 +88,10 @@ void read_at_random(const std::string& backend, const std::function<Fault(const 
         if (i == 0) offset = file.content.size() - 1 - random.next() % 5000;  // over the end
         const std::size_t bytes =
             1 + random.next() % std::min<std::size_t>(file.content.size() - offset, 50000);
-        reads[i].aim(aligned_extent(offset, bytes), memory.data() + i * 16 * kReadAlign);
-        reader->submit(reads[i], i % 3 == 0 ? FileReader::Urgency::kLater : FileReader::Urgency::kNow);
-        if (i == 6) reader->hurry(reads[3]);
+        reads[i].set(aligned_extent(offset, bytes), memory.data() + i * 16 * kReadAlign);
+        reader->submit(reads[i],
+                       i % 3 == 0 ? FileReader::Priority::kPrefetch : FileReader::Priority::kDemand);
+        if (i == 6) reader->promote(reads[3]);
       }
       for (Read& read : reads) {
         reader->wait(read);
@@ -101,7 +102,7 @@ void read_at_random(const std::string& backend, const std::function<Fault(const 
   std::thread other(run, 3);
   run(4);
   other.join();
-  CHECK(reader->unfinished() == 0 && reader->urgent() == 0);
+  CHECK(reader->unfinished() == 0);
 }
 
 void fail_and_recover(const std::string& backend) {
@@ -115,7 +116,7 @@ void fail_and_recover(const std::string& backend) {
   const AlignedMemory memory(32 * kReadAlign);
   const auto outcome = [&](std::uint64_t offset, std::size_t bytes, std::size_t shift = 0) {
     Read read;
-    read.aim({offset, bytes, 0}, memory.data() + shift);
+    read.set({offset, bytes, 0}, memory.data() + shift);
     reader->submit(read);
     reader->wait(read);
     CHECK(!read.pending());
@@ -154,7 +155,7 @@ void take_back_and_close(const std::string& backend) {
   std::vector<std::uint64_t> order;  // the reader works on one read at a time
   Read reads[8];
   const auto aim = [&](std::size_t i) {
-    reads[i].aim({i * 8 * kReadAlign, 8 * kReadAlign, 0}, memory.data() + i * 8 * kReadAlign);
+    reads[i].set({i * 8 * kReadAlign, 8 * kReadAlign, 0}, memory.data() + i * 8 * kReadAlign);
   };
   for (std::size_t i = 0; i < 8; ++i) aim(i);
   auto reader = open_reader(
@@ -168,23 +169,22 @@ void take_back_and_close(const std::string& backend) {
       1);
   reader->submit(reads[0]);
   while (begun == 0) std::this_thread::yield();
-  CHECK(reader->urgent() == 1);
-  for (std::size_t i = 1; i < 4; ++i) reader->submit(reads[i], FileReader::Urgency::kLater);
+  for (std::size_t i = 1; i < 4; ++i) reader->submit(reads[i], FileReader::Priority::kPrefetch);
   Read* both[] = {&reads[1], &reads[2]};
   Read* started[] = {&reads[3], &reads[0]};
-  CHECK(!reader->withdraw(started) && reads[3].pending());  // all or none
-  CHECK(reader->withdraw(both) && reads[1].state() == Read::State::kIdle && !reads[2].pending());
-  for (const std::size_t i : {4UL, 5UL}) reader->submit(reads[i], FileReader::Urgency::kLater);
+  CHECK(!reader->cancel(started) && reads[3].pending());  // all or none
+  CHECK(reader->cancel(both) && reads[1].state() == Read::State::kIdle && !reads[2].pending());
+  for (const std::size_t i : {4UL, 5UL}) reader->submit(reads[i], FileReader::Priority::kPrefetch);
   reader->submit(reads[1]);
-  reader->hurry(reads[5]);
-  CHECK(reader->urgent() == 3 && reader->unfinished() == 5);
+  reader->promote(reads[5]);
+  CHECK(reader->unfinished() == 5);
   held = false;
   for (const std::size_t i : {0UL, 1UL, 3UL, 4UL, 5UL}) {
     reader->wait(reads[i]);
     check_bytes(file, reads[i]);
   }
   CHECK(order == (std::vector<std::uint64_t>{0, 1, 5, 3, 4}));
-  CHECK(reader->unfinished() == 0 && reader->urgent() == 0);
+  CHECK(reader->unfinished() == 0);
   // Closing waits for what is in flight and fails the rest.
   held = true;
   const int before = begun;

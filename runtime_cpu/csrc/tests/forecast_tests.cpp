@@ -6,10 +6,11 @@
 #include <span>
 #include <vector>
 
-#include "check.hpp"
-#include "expert_forecast.hpp"
-#include "gguf_builder.hpp"
-#include "kernels.hpp"
+#include "experts/forecast.hpp"
+#include "kernels/table.hpp"
+#include "model/quantisation.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -52,33 +53,34 @@ void test_routers(const Model& model) {
   }
 }
 
-void test_worth(const Model& model) {
+void test_probability(const Model& model) {
   ExpertForecast forecast = forecast_of(model);
   const std::vector<float> logits = {0.5F, 3.0F, std::numeric_limits<float>::quiet_NaN(), 1.0F};
   const std::vector<std::int32_t> both = {1, 3}, first = {0, 1};
   for (int pass = 0; pass < 400; ++pass) {
     forecast.learn(0, first);
     set_logits(forecast, 1, logits);
-    const auto guesses = forecast.lacking(0, 1, kNothing);
+    const auto guesses = forecast.missing(0, 1, kNothing);
     CHECK(guesses.size() == 2 && guesses[0].expert == 1 && guesses[1].expert == 3);
     set_logits(forecast, 2, logits);
-    forecast.lacking(0, 2, [](std::int32_t expert) { return expert == 1; });
+    forecast.missing(0, 2, [](std::int32_t expert) { return expert == 1; });
     forecast.learn(1, first);  // of rank 0 right, of rank 1 wrong
-    forecast.learn(2, both);   // both right; only the second was lacking
+    forecast.learn(2, both);   // both right; only the second was missing
   }
-  auto guesses = forecast.lacking(0, 1, kNothing);
-  CHECK(guesses[0].worth > 0.99 && guesses[1].worth < 0.05, "%f and %f", guesses[0].worth, guesses[1].worth);
-  guesses = forecast.lacking(0, 2, kNothing);
-  CHECK(std::fabs(guesses[0].worth - 0.8) < 1e-9, "what was in memory taught something: %f",
-        guesses[0].worth);
-  CHECK(guesses[1].worth > 0.99);
-  CHECK(forecast.lacking(0, 1, [](std::int32_t) { return true; }).empty());
+  auto guesses = forecast.missing(0, 1, kNothing);
+  CHECK(guesses[0].probability > 0.99 && guesses[1].probability < 0.05, "%f and %f", guesses[0].probability,
+        guesses[1].probability);
+  guesses = forecast.missing(0, 2, kNothing);
+  CHECK(std::fabs(guesses[0].probability - 0.8) < 1e-9, "what was in memory taught something: %f",
+        guesses[0].probability);
+  CHECK(guesses[1].probability > 0.99);
+  CHECK(forecast.missing(0, 1, [](std::int32_t) { return true; }).empty());
 
   // A pass that was broken off teaches nothing.
-  const double before = forecast.lacking(0, 2, kNothing)[1].worth;
+  const double before = forecast.missing(0, 2, kNothing)[1].probability;
   forecast.learn(0, first);
   forecast.learn(2, first);
-  CHECK(forecast.lacking(0, 2, kNothing)[1].worth == before);
+  CHECK(forecast.missing(0, 2, kNothing)[1].probability == before);
 }
 
 }  // namespace
@@ -89,6 +91,6 @@ void test_forecast() {
   const Bytes bytes = make_container(shape, 3).write();
   const auto model = Model::from_bytes(bytes);
   test_routers(*model);
-  test_worth(*model);
+  test_probability(*model);
   std::printf("forecast: ok\n");
 }

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "sampler.hpp"
-#include "tensor.hpp"
+#include "forward/sampler.hpp"
+#include "model/tensor.hpp"
 
 namespace smallthinker::testing {
 
@@ -111,7 +111,7 @@ struct Container {
     std::size_t end = start;
     for (const Tensor& tensor : tensors)
       end = std::max<std::size_t>(end, start + tensor.offset + tensor.data.size());
-    if (end - start > (1U << 24U)) end = start;  // a bent offset: leave the data out
+    if (end - start > (1U << 24U)) end = start;  // a mutated offset: leave the data out
     out.resize(end);
     for (const Tensor& tensor : tensors) {
       if (start + tensor.offset + tensor.data.size() <= end && !tensor.data.empty()) {

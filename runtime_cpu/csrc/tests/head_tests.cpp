@@ -2,10 +2,10 @@
 #include <cmath>
 #include <limits>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "runtime.hpp"
+#include "forward/runtime.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

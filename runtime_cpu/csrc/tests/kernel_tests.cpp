@@ -6,9 +6,10 @@
 #include <limits>
 #include <vector>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "kernels.hpp"
+#include "kernels/table.hpp"
+#include "model/quantisation.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -40,7 +41,7 @@ Inputs make_inputs(RandomStream& random, std::int64_t rows, std::int64_t cols) {
       x.f32[static_cast<std::size_t>(r * x.stride + i)] = boost * uniform(random);
     }
   }
-  reference_table().quantise(x.f32.data(), rows * x.stride, x.q.data(), x.scales.data());
+  select_kernels("reference").quantise(x.f32.data(), rows * x.stride, x.q.data(), x.scales.data());
   return x;
 }
 
@@ -115,7 +116,7 @@ void test_quantise(const Kernels& kernels, RandomStream& random) {
     if (round == 4) x[40] = std::numeric_limits<float>::quiet_NaN();
     std::vector<std::int16_t> q(64), expected_q(64);
     std::vector<float> scales(2), expected_scales(2);
-    reference_table().quantise(x.data(), 64, expected_q.data(), expected_scales.data());
+    select_kernels("reference").quantise(x.data(), 64, expected_q.data(), expected_scales.data());
     kernels.quantise(x.data(), 64, q.data(), scales.data());
     CHECK(q == expected_q, "%s quantise, round %d", kernels.name, round);
     for (std::size_t i = 0; i < 2; ++i) {
@@ -149,7 +150,7 @@ std::vector<float> random_vector(RandomStream& random, std::int64_t size) {
 }
 
 void test_elementwise(const Kernels& kernels, std::int64_t size, RandomStream& random) {
-  const Kernels& plain = reference_table();
+  const Kernels& plain = select_kernels("reference");
   const auto x = random_vector(random, size);
   const auto y = random_vector(random, size);
   std::vector<float> got(x.size()), expected(x.size());
@@ -199,7 +200,7 @@ void test_exp_edges(const Kernels& kernels) {
 
 // What a token is chosen with, in rows that end anywhere.
 void test_logits(const Kernels& kernels, std::int64_t size, RandomStream& random) {
-  const Kernels& plain = reference_table();
+  const Kernels& plain = select_kernels("reference");
   const float infinity = std::numeric_limits<float>::infinity();
   auto x = random_vector(random, size);
   for (float& value : x) value *= 12.0F;
@@ -281,7 +282,7 @@ void test_block_sums(const Kernels& kernels, RandomStream& random) {
     }
     std::memcpy(expected, got, sizeof got);
     kernels.block_sums(data.data() + 1, blocks, got[0], got[1]);
-    reference_table().block_sums(data.data() + 1, blocks, expected[0], expected[1]);
+    select_kernels("reference").block_sums(data.data() + 1, blocks, expected[0], expected[1]);
     CHECK(std::memcmp(got, expected, sizeof got) == 0, "%s, %zu blocks", kernels.name, blocks);
   }
 }
@@ -292,7 +293,7 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
   const std::int64_t tiles = (count + kKeyTile - 1) / kKeyTile;
   const auto rows = random_vector(random, tiles * kKeyTile * dim);
   std::vector<std::uint16_t> packed(rows.size());
-  reference_table().to_half(rows.data(), static_cast<std::int64_t>(rows.size()), packed.data());
+  select_kernels("reference").to_half(rows.data(), static_cast<std::int64_t>(rows.size()), packed.data());
   const std::vector<std::byte> key_tiles = random_tiles(random, tiles, dim, false);
   const std::vector<std::byte> value_tiles = random_tiles(random, tiles, dim, true);
   KvRows values{rows.data(), type, count, 0};
@@ -307,7 +308,7 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
   const std::int64_t stride = tiles * kKeyTile + 1;
   std::vector<float> got(static_cast<std::size_t>(groups * stride), 5.0F);
   std::vector<float> expected = got;
-  reference_table().attention_scores(q.data(), groups, dim, keys, 0.25F, expected.data(), stride);
+  select_kernels("reference").attention_scores(q.data(), groups, dim, keys, 0.25F, expected.data(), stride);
   kernels.attention_scores(q.data(), groups, dim, keys, 0.25F, got.data(), stride);
   // A table may take the query in 16 bits: half a step of its greatest value times a key of at most 2.
   const double rounding = type == KvType::kQ8 ? 0.25 * 2.0 / kActivationSteps : 0.0;
@@ -315,7 +316,8 @@ void test_attention(const Kernels& kernels, std::int64_t groups, std::int64_t di
           static_cast<double>(dim) * (2 * kEpsilon + rounding));
   std::vector<float> out = q;
   std::vector<float> expected_out = q;
-  reference_table().attention_values(expected.data(), stride, groups, dim, values, expected_out.data());
+  select_kernels("reference")
+      .attention_values(expected.data(), stride, groups, dim, values, expected_out.data());
   kernels.attention_values(expected.data(), stride, groups, dim, values, out.data());
   double size = 1.0;
   for (const float value : expected) size += std::fabs(static_cast<double>(value));

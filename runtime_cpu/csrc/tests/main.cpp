@@ -2,7 +2,7 @@
 #include <string>
 #include <vector>
 
-#include "check.hpp"
+#include "tests/check.hpp"
 
 int main(int argc, char** argv) {
   unsigned long cases = 20000;

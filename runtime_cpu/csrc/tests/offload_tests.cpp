@@ -10,9 +10,9 @@
 #include <string>
 #include <vector>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "runtime.hpp"
+#include "forward/runtime.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -1,12 +1,12 @@
-// A packed file from the structure of a stock one, to be bent like it.
+// A packed file from the structure of a stock one, to be mutated like it.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "checksum.hpp"
-#include "gguf_builder.hpp"
-#include "packed.hpp"
+#include "experts/checksum.hpp"
+#include "model/packed.hpp"
+#include "tests/gguf_builder.hpp"
 
 namespace smallthinker::testing {
 

@@ -3,9 +3,10 @@
 #include <cstring>
 #include <vector>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "kernels.hpp"
+#include "kernels/table.hpp"
+#include "model/quantisation.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <limits>
 
-#include "expert_file.hpp"
-#include "route_trace.hpp"
+#include "tests/expert_file.hpp"
+#include "tests/route_trace.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -16,7 +16,7 @@ void rank_by_policy() {
   const auto order = [](const char* name, const UseHistory& history, std::vector<std::size_t> keys) {
     const CachePolicy& policy = find_policy(name);
     std::stable_sort(keys.begin(), keys.end(), [&](std::size_t a, std::size_t b) {
-      return policy.worth(history, a) < policy.worth(history, b);
+      return policy.utility(history, a) < policy.utility(history, b);
     });
     return keys;
   };
@@ -118,7 +118,7 @@ void prompts_count_by_token() {
   CHECK(history.sweeping());
   std::vector<std::size_t> keys = {8, 0, 11, 3, 4, 1, 7};
   std::stable_sort(keys.begin(), keys.end(), [&](std::size_t a, std::size_t b) {
-    return policy.worth(history, a) < policy.worth(history, b);
+    return policy.utility(history, a) < policy.utility(history, b);
   });
   CHECK(keys == (std::vector<std::size_t>{0, 4, 1, 3, 7, 8, 11}));
 }

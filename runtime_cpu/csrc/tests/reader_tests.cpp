@@ -1,15 +1,15 @@
 // The GGUF reader against damaged files: named damages with the message they must give, and a fuzzer that
-// bends the structure (counts, lengths, types, offsets, shapes, values) as well as raw bytes.
+// mutates the structure (counts, lengths, types, offsets, shapes, values) as well as raw bytes.
 #include <algorithm>
 #include <array>
 #include <limits>
 #include <memory>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
-#include "model.hpp"
-#include "packed_builder.hpp"
-#include "short_run.hpp"
+#include "model/model.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
+#include "tests/packed_builder.hpp"
+#include "tests/short_run.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;
@@ -90,7 +90,7 @@ class Mutator {
     return below(4) == 0 ? random_.next() >> below(64) : kHostile[below(kHostile.size())];
   }
 
-  void bend(Container& file) {
+  void mutate(Container& file) {
     switch (below(16)) {
       case 0:
         file.magic ^= 1U << below(32);
@@ -148,7 +148,7 @@ class Mutator {
     if (file.values.empty()) file.add_u32("a", 1);
   }
 
-  void bend(Bytes& bytes) {
+  void mutate(Bytes& bytes) {
     switch (below(4)) {
       case 0:
         bytes.resize(below(bytes.size() + 1));
@@ -229,12 +229,12 @@ void test_reader() {
   refuses("attention.sliding_window is missing",
           [](Container& f) { f.add_i32s("smallthinker.sliding_window_layout", {0, 1, 0}); });
 
-  // A predictor of the head's rows is whole and sane, or the file is refused, whoever opens it.
+  // A predictor of the head's rows is whole and sane, or the file is refused, by every reader.
   Shape predicting;
   predicting.predictor_width = 16;
   const auto bad_predictor = [&](const std::string& message, const auto& bend) {
     Container file = make_container(predicting, 3);
-    bend(file);
+    mutate(file);
     file.place_tensors();
     const std::string found = refusal(file.write());
     CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
@@ -300,7 +300,7 @@ void test_reader() {
     CHECK(refusal(make_packed_container(q4, 3).write()).empty(), "a sound packed file is refused");
     const auto bad = [&](const std::string& message, const auto& bend) {
       Container file = make_packed_container(q4, 3);
-      bend(file);
+      mutate(file);
       const std::string found = refusal(file.write());
       CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
     };
@@ -336,7 +336,7 @@ void test_reader() {
   remove_value(silent, "expert_gating_func");
   const Exact exact(silent.write());
   const auto model = Model::from_bytes(exact.span());
-  CHECK(model->hyper.router == Router::kSigmoid && model->warnings.size() == 1);
+  CHECK(model->hyper.router == RouterKind::kSigmoid && model->warnings.size() == 1);
   std::printf("reader: ok\n");
 }
 
@@ -355,9 +355,9 @@ void test_reader_fuzz(unsigned long cases, unsigned long seed) {
     if (packed) shape.predictor_width = 0;
     shape.tied = packed && i % 4 == 0;
     Container file = packed ? make_packed_container(shape, 1 + i % 3) : make_container(shape, 1 + i % 3);
-    for (std::uint64_t n = mutator.below(3); n > 0; --n) mutator.bend(file);
+    for (std::uint64_t n = mutator.below(3); n > 0; --n) mutator.mutate(file);
     Bytes bytes = file.write();
-    mutator.bend(bytes);
+    mutator.mutate(bytes);
     const Exact exact(bytes);
     try {
       const auto model = Model::from_bytes(exact.span());

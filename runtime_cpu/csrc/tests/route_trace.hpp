@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "cache_policy.hpp"
-#include "sampler.hpp"
+#include "experts/policy.hpp"
+#include "forward/sampler.hpp"
 
 namespace smallthinker::testing {
 
@@ -130,11 +130,11 @@ struct Replayed {
   double rate() const { return uses > 0 ? static_cast<double>(hits) / static_cast<double>(uses) : 0.0; }
 };
 
-// The rules of ExpertCache: what is being requested stays, of the rest the one of least worth goes. `value`
-// takes a key and returns its worth.
-template <typename Begin, typename Use, typename Worth>
+// The rules of ExpertCache: what is being requested stays, of the rest the one of least utility goes. `value`
+// takes a key and returns its utility.
+template <typename Begin, typename Use, typename Utility>
 Replayed replay(const RouteTrace& trace, std::size_t slots, std::size_t skipped,
-                std::vector<std::size_t> held, const Begin& begin, const Use& use, const Worth& worth) {
+                std::vector<std::size_t> held, const Begin& begin, const Use& use, const Utility& utility) {
   Replayed result;
   std::vector<char> in(trace.keys(), 0);
   std::vector<char> pinned(trace.keys(), 0);
@@ -162,7 +162,7 @@ Replayed replay(const RouteTrace& trace, std::size_t slots, std::size_t skipped,
           double least = std::numeric_limits<double>::infinity();
           for (std::size_t i = 0; i < slots; ++i) {
             if (pinned[held[i]] != 0) continue;
-            const double value = worth(held[i]);
+            const double value = utility(held[i]);
             if (worst < slots && value >= least) continue;
             least = value;
             worst = i;
@@ -195,7 +195,7 @@ inline Replayed replay_policy(const RouteTrace& trace, std::size_t slots, const 
   return replay(
       trace, slots, skipped, held, [&](std::size_t, int layer) { history.begin(layer); },
       [&](std::size_t, std::size_t key) { history.use(key); },
-      [&](std::size_t key) { return policy.worth(history, key); });
+      [&](std::size_t key) { return policy.utility(history, key); });
 }
 
 // Knows the future: gives up what is needed last. No cache that has to load what it computes with does

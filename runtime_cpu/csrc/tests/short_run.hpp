@@ -8,9 +8,9 @@
 #include <memory>
 #include <vector>
 
-#include "model.hpp"
-#include "runtime.hpp"
-#include "session.hpp"
+#include "forward/runtime.hpp"
+#include "forward/session.hpp"
+#include "model/model.hpp"
 
 namespace smallthinker {
 

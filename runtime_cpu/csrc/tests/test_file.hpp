@@ -15,10 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "check.hpp"
-#include "file_reader.hpp"
-#include "sampler.hpp"
-#include "tensor.hpp"
+#include "experts/file_reader.hpp"
+#include "forward/sampler.hpp"
+#include "model/tensor.hpp"
+#include "tests/check.hpp"
 
 namespace smallthinker::testing {
 

@@ -1,13 +1,13 @@
 // Byte-level BPE against merging by the book, and vocabularies that are wrong in every way.
-#include "vocabulary.hpp"
+#include "model/vocabulary.hpp"
 
 #include <algorithm>
 #include <functional>
 #include <map>
 #include <set>
 
-#include "check.hpp"
-#include "gguf_builder.hpp"
+#include "tests/check.hpp"
+#include "tests/gguf_builder.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

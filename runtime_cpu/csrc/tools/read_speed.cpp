@@ -13,9 +13,9 @@
 #include <new>
 #include <vector>
 
-#include "file_reader.hpp"
-#include "sampler.hpp"
-#include "tensor.hpp"
+#include "experts/file_reader.hpp"
+#include "forward/sampler.hpp"
+#include "model/tensor.hpp"
 
 using namespace smallthinker;
 
@@ -54,7 +54,7 @@ void measure(const std::string& path, const char* backend, int depth, std::size_
     const double submitted = now();
     reader->wait(read);
     if (read.state() == Read::State::kFailed) throw EngineError(read.error());
-    read.aim({random.next() % places * kReadAlign, bytes, 0}, memory + place * bytes);
+    read.set({random.next() % places * kReadAlign, bytes, 0}, memory + place * bytes);
     reader->submit(read);
     if (depth == 1) reader->wait(read);
     latencies.push_back(now() - submitted);

@@ -11,7 +11,7 @@
 #include <fstream>
 #include <iostream>
 
-#include "route_trace.hpp"
+#include "tests/route_trace.hpp"
 
 using namespace smallthinker;
 using namespace smallthinker::testing;

@@ -9,8 +9,8 @@
 #include <cstring>
 #include <vector>
 
-#include "huge_memory.hpp"
-#include "kernels.hpp"
+#include "kernels/table.hpp"
+#include "model/huge_memory.hpp"
 
 using namespace smallthinker;
 
@@ -20,7 +20,7 @@ constexpr std::int64_t kHidden = 1536;
 constexpr std::int64_t kNeurons = 768;
 constexpr std::int64_t kExperts = 128;  // some 260 MiB in each form: more than any cache holds
 constexpr std::int64_t kTokens = 32;
-constexpr std::int64_t kHotRows = 256;  // stay in the second cache
+constexpr std::int64_t kHotRows = 256;  // stay in the L2 cache
 constexpr std::int64_t kAtOnce = 16;    // experts per timing
 
 double seconds() {
@@ -217,7 +217,7 @@ int main(int argc, char** argv) {
   const int repeats = argc > 1 ? std::max(1, std::atoi(argv[1])) : 50;
   const Weights weights;
   for (const Kernels* kernels : available_kernels()) {
-    if (kernels == &reference_table()) continue;
+    if (kernels == &select_kernels("reference")) continue;
     const Inputs x(*kernels, kTokens, kHidden);
     time_dense(*kernels, weights, x, repeats);
     time_experts(*kernels, weights, x, repeats);

@@ -1,4 +1,4 @@
-#include "edges.hpp"
+#include "tests/coverage/edges.hpp"
 
 #include <array>
 #include <bit>
