@@ -37,11 +37,13 @@ def relative_errors(rows: np.ndarray, exact: np.ndarray) -> np.ndarray:
 def gather(version: str, machine: str, folder: Path) -> Path:
     """Every wheel of ours and, for one Python and processor, those of what the engine needs; gives pip's own."""
     ours = sorted(DIST.glob(f"smallthinker-{__version__}-*.whl"))
-    assert ours, "there are no wheels of this version in dist/; run make wheels"
     for wheel in ours:
         shutil.copy(wheel, folder)
-    (fitting,) = (
+    fitting = [
         wheel for wheel in ours if TAGS[version] in wheel.name and wheel.name.endswith(f"_{machine}.whl")
+    ]
+    assert len(fitting) == 1, (
+        f"dist/ has no wheel of {__version__} for {version} on {machine}; run make wheels"
     )
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in (34, 28, 27, 17)] + [
         f"manylinux2014_{machine}"
@@ -49,7 +51,7 @@ def gather(version: str, machine: str, folder: Path) -> Path:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, "--only-binary", ":all:"),
-            *("--python-version", version, *(f"--platform={name}" for name in platforms), fitting, "pip"),
+            *("--python-version", version, *(f"--platform={name}" for name in platforms), *fitting, "pip"),
         ],
         capture_output=True,
         text=True,
