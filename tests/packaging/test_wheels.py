@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from runtime_cpu import Engine, __version__
+from runtime_cpu._core import available_kernels
 from tests.packaging.clean_root import PROJECT, VENV, CleanRoot, MissingError, unpack
 
 pytestmark = pytest.mark.wheels
@@ -36,11 +37,13 @@ def relative_errors(rows: np.ndarray, exact: np.ndarray) -> np.ndarray:
 def gather(version: str, machine: str, folder: Path) -> Path:
     """Every wheel of ours and, for one Python and processor, those of what the engine needs; gives pip's own."""
     ours = sorted(DIST.glob(f"smallthinker-{__version__}-*.whl"))
-    assert ours, "there are no wheels of this version in dist/; run make wheels"
     for wheel in ours:
         shutil.copy(wheel, folder)
-    (fitting,) = (
+    fitting = [
         wheel for wheel in ours if TAGS[version] in wheel.name and wheel.name.endswith(f"_{machine}.whl")
+    ]
+    assert len(fitting) == 1, (
+        f"dist/ has no wheel of {__version__} for {version} on {machine}; run make wheels"
     )
     platforms = [f"manylinux_2_{minor}_{machine}" for minor in (34, 28, 27, 17)] + [
         f"manylinux2014_{machine}"
@@ -48,7 +51,7 @@ def gather(version: str, machine: str, folder: Path) -> Path:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--dest", folder, "--only-binary", ":all:"),
-            *("--python-version", version, *(f"--platform={name}" for name in platforms), fitting, "pip"),
+            *("--python-version", version, *(f"--platform={name}" for name in platforms), *fitting, "pip"),
         ],
         capture_output=True,
         text=True,
@@ -93,6 +96,16 @@ def test_the_root_is_what_it_should_be(installed: tuple[CleanRoot, str, str]) ->
     assert nothing == ["[]"] * 2
 
 
+def test_the_processor_is_offered_its_kernels(installed: tuple[CleanRoot, str, str]) -> None:
+    root, _, machine = installed
+    done = root.run(
+        f"{VENV}/bin/python", "-c", "from runtime_cpu._core import available_kernels as a; print(*a())"
+    )
+    assert done.returncode == 0, done.stderr
+    emulated = ["reference", "neon", "neon_dotprod", "neon_i8mm"]  # qemu's processor has everything
+    assert done.stdout.split() == (available_kernels() if machine == platform.machine() else emulated)
+
+
 def test_the_command_lists_the_engines_commands(installed: tuple[CleanRoot, str, str]) -> None:
     root, *_ = installed
     done = root.smallthinker()
@@ -110,7 +123,7 @@ def test_logits_are_those_of_the_development_build(installed: tuple[CleanRoot, s
     if machine == platform.machine():
         with Engine.open(GOLDEN / f"{MODEL}.gguf") as engine:
             np.testing.assert_array_equal(rows, engine.logits(golden["input_ids"]))
-    else:  # sums of another width: as near to the exact logits as llama.cpp is, the bar of every kernel here
+    else:  # sums of another width: as near to the exact logits as llama.cpp is, like every table of kernels
         ours = relative_errors(rows, golden["logits_exact"])
         theirs = relative_errors(golden["logits_llamacpp"], golden["logits_exact"])
         for share in (50, 90):
