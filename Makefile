@@ -13,14 +13,17 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Spinning threads starve whatever shares their cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help setup teacher pipeline plan test unit smoke most rest lint docs format bench orchestrator lock clean
+PYTHONS := 3.11 3.12 3.13
+TYPES := $(addprefix types-,$(PYTHONS))
+
+.PHONY: help setup teacher pipeline plan test unit smoke most rest lint docs format bench orchestrator wheels check-wheels lock lock-wheels clean $(TYPES)
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/.ready ## packages and engine into .venv
 
-.venv/.ready: requirements.lock pyproject.toml infra/setup/environment.sh $(ENGINE_SOURCES)
+.venv/.ready: requirements.lock pyproject.toml runtime_cpu/__init__.py infra/setup/environment.sh $(ENGINE_SOURCES)
 	@infra/setup/environment.sh
 
 teacher: setup ## vLLM's CPU build, in an environment of its own
@@ -48,11 +51,15 @@ most: setup
 rest: smoke
 	$(PY) -m pytest $(LONGEST) $(ARGS)
 
-lint: setup ## ruff, mypy, clang-format
+lint: setup ## ruff, mypy for every Python from 3.11 to 3.13, clang-format
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(TYPES)
 	find runtime_cpu/csrc tests -name '*.cpp' -o -name '*.hpp' -o -name '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
+
+# mypy keeps a cache per version: a second run takes seconds.
+$(TYPES): types-%: setup
+	.venv/bin/mypy --python-version $*
 
 docs: setup ## API reference from the docstrings into build/docs; whatever Sphinx finds wrong fails it
 	.venv/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet -b html docs build/docs
@@ -70,11 +77,21 @@ bench: setup ## the engine on this machine, on the newest nano model
 orchestrator: setup ## Prefect server, deployments and a worker, until Ctrl-C
 	@infra/prefect/orchestrator.sh
 
+wheels: ## the engine for edge boxes into dist/: x86_64 and aarch64, CPython 3.11 and later
+	@infra/packaging/wheels.sh $(ARGS)
+
+check-wheels: setup wheels ## install and run them where there is no compiler, aarch64 under qemu
+	$(PY) -m pytest -m wheels tests/packaging $(ARGS)
+
 lock: setup ## resolve requirements.lock again (without the peer, which is compiled from source)
 	.venv/bin/uv pip compile --quiet --python-version 3.11 $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
 		--no-emit-find-links --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
 		--extra pipeline --extra eval --extra dev pyproject.toml -o requirements.lock
 	sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock # the index serves 2.13.0, a local folder may hold 2.13.0+cpu
 
+lock-wheels: setup ## resolve infra/packaging/requirements.lock again
+	.venv/bin/uv pip compile --quiet --python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate \
+		--custom-compile-command 'make lock-wheels' infra/packaging/requirements.in -o infra/packaging/requirements.lock
+
 clean: ## remove environments and builds; runs/ stays
-	rm -rf .venv .venv-* build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

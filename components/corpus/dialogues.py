@@ -19,10 +19,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from components.artifacts import StageError
+from components.corpus.special_tokens import END_OF_TEXT, TURN_END
 
 ROLES = ("system", "user", "assistant")
-END_OF_TURN = "<|im_end|>"
-END_OF_TEXT = "<|endoftext|>"
 # Private-use characters frame a message's number in the rendered template; contents are never rendered.
 _PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
 
@@ -119,10 +118,10 @@ class DialogueEncoder:
         self._special = {
             token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         }
-        for name in (END_OF_TURN, END_OF_TEXT):
+        for name in (TURN_END, END_OF_TEXT):
             if name not in self._special:
                 raise StageError(f"the tokenizer has no special token {name}; ChatML needs it.")
-        self.end_of_turn_id = self._special[END_OF_TURN]
+        self.end_of_turn_id = self._special[TURN_END]
         self.end_of_text_id = self._special[END_OF_TEXT]
         names = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")")

@@ -1,4 +1,7 @@
-"""Near-duplicates across all units: datatrove's MinHash stages over the signatures the units left behind."""
+"""Near-duplicates across all units: datatrove's MinHash stages over the signatures the units left behind.
+
+Signatures and their n-grams are made in ``units.py``; ``config.py`` says how many bands and rows.
+"""
 
 from __future__ import annotations
 

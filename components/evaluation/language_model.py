@@ -21,6 +21,7 @@ from lm_eval.models.utils import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from components.artifacts import StageError
+from components.corpus.special_tokens import END_OF_TEXT, TURN_END
 from components.measures.inference import ChatTokenizer, OptionScore, greedy_tokens, option_scores
 from model import SmallThinkerForCausalLM
 
@@ -28,12 +29,12 @@ _DEFAULT_NEW_TOKENS = 256
 
 TokenRequest = tuple[Any, list[int], list[int]]
 
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
 
 def end_ids(tokenizer: ChatTokenizer) -> list[int]:
     """Ids at which an answer ends."""
-    ids = {tokenizer.convert_tokens_to_ids(token) for token in END_TOKENS} | {tokenizer.eos_token_id}
+    ids = {tokenizer.convert_tokens_to_ids(token) for token in (TURN_END, END_OF_TEXT)} | {
+        tokenizer.eos_token_id
+    }
     return sorted(index for index in ids if index is not None and index >= 0)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from components.artifacts import StageError, write_atomically
+from components.corpus.special_tokens import END_OF_TEXT, TURN_END
 from components.evaluation.config import EvaluateConfig, LocalTask
 from components.measures.intervals import Score
 from components.measures.items import rows_of
@@ -78,7 +79,7 @@ def task_form(name: LocalTask, config: EvaluateConfig) -> TaskForm:
     Raises:
         StageError: there is no such task.
     """
-    end = ["<|im_end|>", "<|endoftext|>"]
+    end = [TURN_END, END_OF_TEXT]
     letters = ["A", "B", "C", "D"]
     options = "\n".join(f"{letter}. {{{{choices[{i}]}}}}" for i, letter in enumerate(letters))
     forms: dict[str, tuple[str, bool, str, dict[str, Any]]] = {

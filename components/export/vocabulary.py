@@ -15,6 +15,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from components.artifacts import StageError
+from components.corpus.special_tokens import END_OF_TEXT, TURN_END
 
 # Qwen2's pre-tokenizer, as its tokenizer.json writes it.
 QWEN2_PATTERN = (
@@ -101,7 +102,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         return ids.get(text) if text is not None else None
 
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
-    end_of_text = ids.get("<|endoftext|>")
+    end_of_text = ids.get(END_OF_TEXT)
     template_file = folder / "chat_template.jinja"
     template = settings.get("chat_template")
     if template is None and template_file.is_file():
@@ -114,7 +115,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         bos_id=end_of_text if bos is None else bos,
         eos_id=end_of_text if eos is None else eos,
         pad_id=end_of_text if pad is None else pad,
-        eot_id=ids.get("<|im_end|>"),
+        eot_id=ids.get(TURN_END),
         chat_template=template,
     )
 

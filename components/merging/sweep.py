@@ -1,4 +1,4 @@
-"""Scores candidates and picks one: ``choose(scored, bits_per_byte_weight)``.
+"""Picks one of the scored candidates: ``choose(scored, bits_per_byte_weight)``.
 
 The rule: utility = mean score of the tasks - weight * (bits per byte / lowest bits per byte of the sweep - 1); the
 highest utility wins, then the lower bits per byte, then the earlier candidate. Both figures come from development

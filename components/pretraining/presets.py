@@ -1,4 +1,6 @@
-"""Pretraining values of the recipes: ``pretrain_config_nano()``, ``_smoke()``, ``_21b_slim()``, ``_4b()``, ``_21b()``.
+"""Pretraining values of the recipes: ``pretrain_config_smoke()``, ``_21b_slim()``, ``_4b()``, ``_21b()``.
+
+Nano's are the defaults of ``components/pretraining/config.py``.
 
 Marked [paper] where arXiv 2507.20984 gives the value and [ours] with a reason where it does not: the paper is silent
 on warm-up, clipping, loss weights, group size, training stages' shares, mixtures, precision and hardware.

@@ -22,11 +22,11 @@ from components.artifacts import StageContext, StageError, parse_config, write_j
 from components.corpus.categories import CATEGORIES
 from components.corpus.hashing import hash_fraction
 from components.corpus.shards import INDEX_NAME, TOKENIZER_FOLDER, TokenShards
+from components.corpus.special_tokens import END_OF_TEXT
 from components.sources import fetch
 from components.tokenization.config import TokenizeConfig
 from components.tokenization.texts import SPLITS, Text, TextSources
 from components.tokenization.vocabulary import (
-    END_OF_TEXT,
     SPECIAL_TOKENS,
     qwen_tokenizer,
     save_tokenizer,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 # Since Debian 12 these are links into /usr; packages still name files below both.
-MERGED = ("bin", "lib", "sbin")
+MERGED = ("bin", "lib", "lib64", "sbin")
 
 
 class DebianError(Exception):

@@ -2,8 +2,7 @@
 
 Python's part of the wheel comes from scikit-build-core, once. The compiled module is built for each processor and
 Python with GCC and with headers from Debian, so nothing of the target has to run here. auditwheel reads from the module
-which glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to the limited API of
-3.12.
+which glibc it asks for and names the wheel by it; abi3audit checks that the stable one keeps to 3.12's limited API.
 
 GCC and not zig, which needs no cross compiler: zig's runtime (0.17.1) says of every x86_64 processor that it has
 neither AVX2 nor AVX-512, and the engine falls back to its reference kernels.
@@ -153,7 +152,7 @@ def compiled(python: Python, machine: Machine) -> Path:
         "CMAKE_SYSTEM_NAME": "Linux",
         "CMAKE_SYSTEM_PROCESSOR": machine.name,
         "CMAKE_CXX_COMPILER": compiler(machine),
-        # An edge box may have no libstdc++, or an older one. What of it nothing calls is left out, as are the calls to
+        # An edge box may have an older libstdc++. What of it nothing calls is left out, as are the calls to
         # the newest glibc in it; for that its symbols may not be exported.
         "CMAKE_MODULE_LINKER_FLAGS": "-static-libstdc++ -Wl,--exclude-libs,ALL -Wl,--gc-sections",
         "Python_EXECUTABLE": sys.executable,

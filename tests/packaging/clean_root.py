@@ -1,4 +1,4 @@
-"""A root of Debian's Python and what Python depends on, without a compiler, in which an installed wheel runs.
+"""A root of Debian's Python, libstdc++ and what they depend on, without a compiler, in which an installed wheel runs.
 
 ``infra/packaging/debian.py`` unpacks it; chroot enters it in namespaces of its own, for which no root is needed where
 the kernel grants user namespaces. Another processor's programs run under qemu's user-mode emulation, called by name, so
@@ -17,6 +17,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 DEBIAN = {"x86_64": "amd64", "aarch64": "arm64"}
 VENV = "/opt/smallthinker"
+# numpy's wheels want the system's libstdc++, which ours do not.
+PACKAGES = ("python3", "libstdc++6")
 # The kernel's folders as they are; everything is unmounted with the namespace.
 ENTER = """
 set -e
@@ -48,7 +50,7 @@ class CleanRoot:
             capture_output=True,
             text=True,
             check=False,
-            env={"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"},
         )
 
     def smallthinker(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
@@ -59,11 +61,10 @@ class CleanRoot:
     def install(self, wheels: Path, pip: Path) -> None:
         """Install the project from a folder of wheels, as ``docs/serving.md`` says; pip chooses the fitting one."""
         shutil.copytree(wheels, self.folder / "wheels")
-        shutil.copy(pip, self.folder / "wheels")
         for command in (
             ("/usr/bin/python3", "-m", "venv", "--without-pip", VENV),
             (
-                *(f"{VENV}/bin/python", f"/wheels/{pip.name}/pip", "install", "--no-index", "--no-cache-dir"),
+                *(f"{VENV}/bin/python", f"/wheels/{pip.name}/pip", "install", "--no-index", "--no-compile"),
                 *("--find-links", "/wheels", "smallthinker"),
             ),
         ):
@@ -89,7 +90,7 @@ def unpack(suite: str, machine: str, folder: Path) -> CleanRoot:
     if done.returncode:
         raise MissingError(f"this system grants no namespaces: {done.stderr.strip()}")
     done = subprocess.run(
-        [sys.executable, PROJECT / "infra/packaging/debian.py", suite, DEBIAN[machine], folder, "python3"],
+        [sys.executable, PROJECT / "infra/packaging/debian.py", suite, DEBIAN[machine], folder, *PACKAGES],
         capture_output=True,
         text=True,
         check=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email
 import importlib.metadata
+import re
 import subprocess
 import sys
 import zipfile
@@ -81,14 +82,13 @@ def test_the_version_is_that_of_the_package(wheel: zipfile.ZipFile) -> None:
     assert importlib.metadata.version("smallthinker") == runtime_cpu.__version__
 
 
-def test_the_newest_entry_of_the_changelog_is_of_this_version() -> None:
+def test_the_changelog_begins_with_this_version() -> None:
     headings = [
-        line.split("[")[1].split("]")[0]
-        for line in (PROJECT / "CHANGELOG.md").read_text().splitlines()
-        if line.startswith("## [")
+        line for line in (PROJECT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ")
     ]
-    released = [heading for heading in headings if heading != "Unreleased"]
-    assert headings[0] == "Unreleased" and released[0] == runtime_cpu.__version__
+    assert re.fullmatch(
+        rf"## \[{re.escape(runtime_cpu.__version__)}\] - (unreleased|\d{{4}}-\d\d-\d\d)", headings[0]
+    )
 
 
 def test_an_editable_install_registers_the_plugin_too(tmp_path: Path) -> None:

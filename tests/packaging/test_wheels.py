@@ -81,17 +81,16 @@ def installed(
 def test_the_root_is_what_it_should_be(installed: tuple[CleanRoot, str, str]) -> None:
     root, version, machine = installed
     program = (
-        "import glob, importlib.util as util, platform, shutil, runtime_cpu;"
+        "import importlib.util as util, platform, shutil, runtime_cpu;"
         "print(platform.python_version(), platform.machine(), runtime_cpu.__version__);"
         "print([n for n in ('cc', 'gcc', 'g++', 'c++', 'clang', 'cmake') if shutil.which(n)]);"
-        "print([n for n in ('flows', 'components', 'model', 'torch') if util.find_spec(n)]);"
-        "print(glob.glob('/usr/lib/*/libstdc++*'))"
+        "print([n for n in ('flows', 'components', 'model', 'torch') if util.find_spec(n)])"
     )
     done = root.run(f"{VENV}/bin/python", "-c", program)
     assert done.returncode == 0, done.stderr
     python, found_machine, ours, *nothing = done.stdout.split()
     assert python.startswith(f"{version}.") and (found_machine, ours) == (machine, __version__)
-    assert nothing == ["[]"] * 3
+    assert nothing == ["[]"] * 2
 
 
 def test_the_command_lists_the_engines_commands(installed: tuple[CleanRoot, str, str]) -> None:

@@ -34,8 +34,6 @@
 
 namespace smallthinker {
 
-inline constexpr const char* kDefaultPolicy = "lrfu-order";
-
 struct ExpertKey {
   int layer = 0;
   int expert = 0;

@@ -15,6 +15,7 @@
 
 namespace smallthinker {
 
+inline constexpr const char* kDefaultPolicy = "lrfu-order";
 inline constexpr double kFrequencyDecay = 0.99;  // per token
 
 class UseHistory {

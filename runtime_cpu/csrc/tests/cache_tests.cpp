@@ -410,7 +410,7 @@ void refuse_bad_layouts() {
   const ExpertFile experts(2, 3, 2, false);
   const auto reader = FileReader::open(experts.file->path);
   const AlignedMemory memory(experts.layout.slot_bytes * 2);
-  const auto refused = [&](const char* sentence, const auto& bend, std::size_t bytes) {
+  const auto refused = [&](const char* sentence, const auto& mutate, std::size_t bytes) {
     ExpertLayout layout = experts.layout;
     mutate(layout);
     const std::string error =

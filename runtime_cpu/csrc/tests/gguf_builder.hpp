@@ -1,4 +1,4 @@
-// Writes GGUF bytes from a structure that tests may bend in every place.
+// Writes GGUF bytes from a structure that tests may mutate in every place.
 #pragma once
 
 #include <cstdint>

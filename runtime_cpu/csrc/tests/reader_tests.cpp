@@ -232,7 +232,7 @@ void test_reader() {
   // A predictor of the head's rows is whole and sane, or the file is refused, by every reader.
   Shape predicting;
   predicting.predictor_width = 16;
-  const auto bad_predictor = [&](const std::string& message, const auto& bend) {
+  const auto bad_predictor = [&](const std::string& message, const auto& mutate) {
     Container file = make_container(predicting, 3);
     mutate(file);
     file.place_tensors();
@@ -298,7 +298,7 @@ void test_reader() {
   for (const bool tied : {false, true}) {
     q4.tied = tied;
     CHECK(refusal(make_packed_container(q4, 3).write()).empty(), "a sound packed file is refused");
-    const auto bad = [&](const std::string& message, const auto& bend) {
+    const auto bad = [&](const std::string& message, const auto& mutate) {
       Container file = make_packed_container(q4, 3);
       mutate(file);
       const std::string found = refusal(file.write());
