@@ -97,7 +97,7 @@ class Engine(ClosedAtExit):
                 ``memory`` allows.
             memory: bytes for the whole process (weights, KV cache, scratch, tokenizer, interpreter): a number or
                 ``"1GiB"``. When not all experts fit, they are read from the file as they are needed.
-            kernels: ``"auto"`` or a name of :func:`available_kernels`; by default ``$RUNTIME_CPU_KERNELS``, else auto.
+            kernels: ``"auto"`` or a name of :func:`.available_kernels`; by default ``$RUNTIME_CPU_KERNELS``, else auto.
             kv_type: of keys and values: ``"f32"``, ``"f16"``, ``"q8"`` (8 bits and a scale for each 32: half the
                 bytes, rounded) or ``"auto"`` (f16; f32 for files that hold F32 weights only).
             sessions: generations open at once; by default 4, fewer if ``memory`` is short.

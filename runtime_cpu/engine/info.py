@@ -17,7 +17,8 @@ class ModelInfo:
     Attributes:
         context_length: the longest text that the model was made for; ``context``: what this engine has room for.
         window: keys that a windowed layer sees (0: no such layer).
-        rope_layout, sliding_window_layout: 1 where the layer rotates, 1 where it is windowed.
+        rope_layout: 1 where the layer rotates.
+        sliding_window_layout: 1 where the layer is windowed.
         router: ``"softmax"`` or ``"sigmoid"``.
         file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
         kv_type: ``"f32"``, ``"f16"`` or ``"q8"``; ``kernels``: ``"reference"``, ``"avx2"``, …

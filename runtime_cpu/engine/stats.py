@@ -14,13 +14,15 @@ class Stats:
     Attributes:
         prompt_tokens: tokens of the prompt, of which ``reused_tokens`` were still in the KV cache.
         generated_tokens: tokens given out (a stop token is not given out).
-        prompt_s, decode_s: time computing the prompt, and computing and choosing the tokens after the first.
+        prompt_s: time computing the prompt.
+        decode_s: time computing and choosing the tokens after the first.
         first_token_s: from the start of the request to its first token.
         active_neuron_share: share of the experts' neurons that were above zero, over all tokens computed.
         active_neuron_share_by_layer: the same per layer.
         expert_counts: how often each expert was chosen, [layers][experts].
-        cache_hits, cache_misses: experts found in memory (or on their way there) and experts read from the file,
-            counted once per layer and batch; both 0 when all experts stay in memory.
+        cache_hits: experts found in memory, or on their way there; counted once per layer and batch, and 0 when all
+            experts stay in memory.
+        cache_misses: experts read from the file; counted likewise.
         bytes_read: read from the file meanwhile, guesses included; ``prompt_bytes_read`` of them for the prompt.
         head_row_share: share of the output matrix's rows that were computed; below 1 only with a predictor.
         head_fallbacks: tokens for which it named too few rows and the whole matrix was computed.
@@ -28,7 +30,8 @@ class Stats:
         finish_reason: ``"stop"``, ``"length"`` (max_tokens or the context's end), ``"cancelled"``, or ``None``.
         stop_id: the stop token that ended it.
         seed: what reproduces the sampling.
-        drafted_tokens, accepted_tokens: guessed by prompt lookup, and guessed right.
+        drafted_tokens: guessed by prompt lookup.
+        accepted_tokens: guessed right.
     """
 
     prompt_tokens: int = 0

@@ -32,7 +32,9 @@ class ImportedPredictor(ClosedAtExit):
     """A checked file, open for reading; a context manager.
 
     Attributes:
-        width, hidden, vocab: sizes of its two matrices.
+        width: of its inner vector: one matrix is [width, hidden], the other [vocab, width].
+        hidden: the model's hidden size.
+        vocab: rows of the model's output matrix.
         threshold: rows with a greater score will be computed.
     """
 

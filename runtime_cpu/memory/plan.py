@@ -66,7 +66,8 @@ class MemoryPlan:
         weight_bytes: weights that always stay in memory, without the experts below.
         expert_bytes: room for experts: ``experts_in_memory`` of ``experts``; the others are read on demand. 0 of 0 when
             this file's experts can only be mapped: they are part of ``weight_bytes`` then.
-        kv_bytes, scratch_bytes: keys and values of all sessions; what a forward pass writes, and buffers for reading.
+        kv_bytes: keys and values of all sessions.
+        scratch_bytes: what a forward pass writes, and buffers for reading.
         interpreter_bytes: what the process holds before loading, and a reserve for what it will allocate besides.
     """
 

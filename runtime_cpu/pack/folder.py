@@ -35,7 +35,7 @@ def pack_folder(
     Args:
         weight_type: ``"q4_0"``, ``"q8_0"``, ``"f16"`` or ``"f32"``; the packed layout needs ``"q4_0"``.
         layout: ``"packed"`` or ``"stock"``.
-        expert_counts: as in :func:`pack`.
+        expert_counts: as in :func:`.pack`.
         advance: called with the bytes of weights that are converted and those that there are.
         predictor: of the head's rows, to go into the file; one that lies in the folder is not taken unasked.
 

@@ -54,7 +54,8 @@ class ServerSettings:
         api_key: asked for as ``Authorization: Bearer …`` on every route but ``/`` and ``/health``.
         allowed_hosts: names accepted in ``Host`` (DNS rebinding); ``None``: any.
         max_waiting: requests that may wait while ``parallel`` of them run, their steps computed together.
-        max_body_bytes, body_timeout_s: limits of a request's body.
+        max_body_bytes: limit of a request's body.
+        body_timeout_s: how long one may take to arrive.
     """
 
     model_name: str

@@ -42,7 +42,9 @@ class Tokenizer:
 
     Attributes:
         vocab_size: number of ids, padding ids included.
-        bos_id, eos_id, eot_id: ids named by the metadata, or ``None``.
+        bos_id: the id that the metadata name as the beginning of a text, or ``None``.
+        eos_id: the same for the end of a text.
+        eot_id: the same for the end of a turn.
         add_bos: whether :meth:`encode` puts ``bos_id`` first (``tokenizer.ggml.add_bos_token``).
         stop_ids: ids that end an answer.
         control_tokens: text -> id of the tokens that carry structure (``<|im_start|>``, …).

@@ -85,17 +85,21 @@ def problem(words: list[str], mentioned: bool = False) -> str | None:
         if arguments[:1] != ["-m"]:
             return f"python {arguments[0] if arguments else ''}: only python -m is known here"
         return _module_problem(arguments[1], arguments[2:], mentioned)
+    if program == "smallthinker":  # the engine's console script
+        return _module_problem("runtime_cpu", arguments, mentioned)
     if program == "make":
         return _make_problem(arguments)
     if program == "cmake":
         return _cmake_problem(arguments)
-    if program == "pytest" or words[0].startswith("build/") or program in OTHERS:
+    if program == "pytest" or words[0].startswith(("build/", "infra/")) or program in OTHERS:
         return None
     return f"{program!r} is no program that the docs may call; see tests/docs/commands.py"
 
 
 def _module_problem(module: str, arguments: list[str], mentioned: bool) -> str | None:
     """What the module's own parser has against ``arguments``."""
+    if module.rpartition(".")[2].isupper():  # stands for any of them
+        return None
     if module.partition(".")[0] not in PACKAGES:
         return None if importlib.util.find_spec(module.partition(".")[0]) else f"there is no module {module}"
     parse = argparse.ArgumentParser.parse_args

@@ -186,7 +186,12 @@ def test_what_programs_refuse_is_found() -> None:
         "python -m runtime_cpu.logits MODEL.gguf": "required",
         "python -m runtime_cpu.logits MODEL.gguf TEXT OUT.npy --threads N": "invalid int",
         f"python -m {engine}.nowhere": "nowhere",
+        "python -m runtime_cpu.NAME --any": "",
         "python -m nowhere": "no module nowhere",
+        "/opt/smallthinker/bin/smallthinker": "",
+        "smallthinker logits MODEL.gguf TEXT OUT.npy --threads 2": "",
+        "smallthinker logits MODEL.gguf TEXT OUT.npy --speed 2": "unrecognized arguments",
+        "smallthinker fly": "no command",
         "python setup.py": "only python -m",
         "make lint ARGS=--any": "",
         "python -m components.pretraining.studies.benchmark --dry-run --layers 2": "",  # of a process that it starts
@@ -197,6 +202,8 @@ def test_what_programs_refuse_is_found() -> None:
         "cmake -S . -B build -DSMALLTHINKER_TEST=ON": "no SMALLTHINKER_TEST",
         "cmake -S . -B build -DSMALLTHINKER_SPEED=ON": "no SMALLTHINKER_SPEED",
         "pytest tests/docs": "",
+        "infra/setup/cross_tests.sh aarch64": "",
+        "infra/setup/nowhere.sh": "no infra/setup/nowhere.sh",
         "pytest tests/nowhere": "no tests/nowhere",
         "sudo nowhere": "no program",
     }
