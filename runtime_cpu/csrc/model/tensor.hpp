@@ -11,6 +11,8 @@
 // Inline functions that a kernel file calls must not leave a weak symbol compiled for its instruction set,
 // which the linker could pick for all callers.
 #define SMALLTHINKER_INLINE inline __attribute__((always_inline))
+// Loops that fill the registers: inlined into the function that chooses one of them, they get fewer.
+#define SMALLTHINKER_NOINLINE __attribute__((noinline))
 
 namespace smallthinker {
 

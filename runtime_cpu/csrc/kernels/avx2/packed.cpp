@@ -69,8 +69,9 @@ constexpr std::int64_t kPairsAhead = 8;
 
 // N tokens with H times 8 rows of each tile at a time.
 template <int N, int H>
-void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
-                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+SMALLTHINKER_NOINLINE void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin,
+                                       std::int64_t tile_end, const Activations& x, std::int64_t token,
+                                       float* out, std::int64_t out_stride) {
   const std::int64_t pairs = matrix.pairs();
   Planes planes[N];
   for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};

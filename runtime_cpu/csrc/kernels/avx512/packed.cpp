@@ -106,8 +106,9 @@ SMALLTHINKER_INLINE void some_tiles(const TileMatrix& matrix, std::int64_t tile,
 }
 
 template <int N>
-void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
-                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+SMALLTHINKER_NOINLINE void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin,
+                                       std::int64_t tile_end, const Activations& x, std::int64_t token,
+                                       float* out, std::int64_t out_stride) {
   // One token is bound by memory, which is fastest with a single stream; several by the loads of activations.
   constexpr int kTogether = N == 1 ? 1 : 2;
   Planes planes[N];

@@ -122,8 +122,9 @@ struct DotBlock {
 
 // N tokens with R times 4 rows of each tile at a time. `Block` has DotBlock's constructor, high() and low().
 template <typename Block, int N, int R>
-void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
-                 const Activations& x, std::int64_t token, float* out, std::int64_t out_stride) {
+SMALLTHINKER_NOINLINE void tile_tokens(const TileMatrix& matrix, std::int64_t tile_begin,
+                                       std::int64_t tile_end, const Activations& x, std::int64_t token,
+                                       float* out, std::int64_t out_stride) {
   const std::int64_t pairs = matrix.pairs();
   Planes planes[N];
   for (int n = 0; n < N; ++n) planes[n] = {x.plane_row(token + n), Planes::blocks(matrix.cols)};
