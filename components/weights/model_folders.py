@@ -23,7 +23,7 @@ def load_model(
         StageError: the folder holds no readable model.
     """
     if not (folder / "config.json").is_file():
-        raise StageError(f"{folder} holds no model; run the stage that trains it.")
+        raise StageError(f"{folder} holds no model: config.json is missing; run the stage that trains it.")
     try:
         model = SmallThinkerForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -52,7 +52,7 @@ def wanted(precision: str, routing: str) -> dict[str, Any]:
 def run(children: Children, folder: Path, *cases: Case) -> list[dict[str, Any]]:
     """The cases, one after the other on one set of ranks."""
     (world,) = {case.world for case in cases}
-    children.call_ranks(world, work, list(cases), folder, limit_s=150 + 20 * len(cases))
+    children.call_ranks(world, work, list(cases), folder)
     answers: list[dict[str, Any]] = torch.load(folder / "answers.pt", weights_only=False)
     assert len(answers) == len(cases)
     return answers
