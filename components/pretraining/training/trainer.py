@@ -43,6 +43,7 @@ from components.pretraining.training.guard import LossGuard
 from components.pretraining.training.telemetry import Interval
 from components.pretraining.training.training_step import TrainingStep
 from components.weights.checkpoint_store import CheckpointStore
+from components.weights.model_folders import copy_tokenizer
 from model.accounting import training_flops_per_token
 
 
@@ -267,9 +268,7 @@ class Trainer:
             draft = self._context.scratch / f"export-{span.name}"
             shutil.rmtree(draft, ignore_errors=True)
             export_model(weights, architecture, dtype, draft)
-            for path in sorted(self._tokenizer_folder.iterdir()):
-                if path.is_file():
-                    shutil.copyfile(path, draft / path.name)
+            copy_tokenizer(self._tokenizer_folder, draft)
             draft.rename(target)
         else:
             weights.take_part(architecture)
