@@ -2,14 +2,18 @@
 
 Shards are datatrove's ``.ds`` files: little-endian token ids, every document ends with ``<|endoftext|>``;
 a ``.ds.index`` holds the document ends (uint64, in tokens). ``index.json`` says what there should be.
+
+Opening costs a few small reads per file and keeps nothing that grows with tokens or documents: both are read when asked
+for, by plain reads. A memory map would hold a descriptor per file, and a file that is cut while it is mapped kills the
+process without a word.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 
 from components.artifacts import StageError
-from components.corpus.categories import CATEGORIES
 
 INDEX_NAME = "index.json"
 TRAIN_SPLIT = "train"
@@ -26,7 +29,10 @@ TOKENIZER_FOLDER = "tokenizer"
 """Beside the shards: the tokenizer that made them, in Hugging Face's layout."""
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _END_DTYPE = np.dtype("<u8")
-_SCAN_TOKENS = 1 << 22
+_BLOCK_TOKENS = 1 << 20
+_BLOCK_ENDS = 1 << 16
+# On a cluster's file system a file costs some milliseconds to look at, and there are thousands.
+_OPENING_THREADS = 16
 
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -37,60 +43,74 @@ class ShardError(StageError):
 
 @dataclass(frozen=True)
 class Shard:
-    """The tokens of one (split, category), memory mapped.
+    """The tokens of one (split, category), on disk.
 
     Attributes:
-        pieces: one array [T_i] per file, in order.
-        document_ends: [documents] int64, position after each document's ``<|endoftext|>`` in all tokens.
+        folder: the folder that holds ``index.json``.
+        files: names relative to it, in order.
+        starts: first token of every file, and the total: [files + 1].
+        document_starts: likewise in documents.
         bytes: UTF-8 bytes of the text behind the tokens, for bits per byte.
-        files: names relative to the folder that holds ``index.json``.
+        token_bytes: what the tokens stand for, in bytes; ``None`` in artefacts that do not say.
     """
 
-    pieces: tuple[TokenArray, ...]
-    document_ends: npt.NDArray[np.int64]
-    bytes: int
+    folder: Path
     files: tuple[str, ...]
+    starts: npt.NDArray[np.int64]
+    document_starts: npt.NDArray[np.int64]
+    bytes: int
+    token_bytes: int | None
     dtype: np.dtype[Any]
-
-    @cached_property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """First position of every piece, and the total: [pieces + 1]."""
-        return np.cumsum([0, *(len(piece) for piece in self.pieces)], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    @cached_property
-    def tokens(self) -> TokenArray:
-        """All tokens as one array [T]: the memory map itself for a single file, a copy for several."""
-        if len(self.pieces) == 1:
-            return self.pieces[0]
-        return np.concatenate([np.empty(0, self.dtype), *self.pieces])
+    @property
+    def documents(self) -> int:
+        """How many documents the tokens are of."""
+        return int(self.document_starts[-1])
 
     def read(self, start: int, count: int) -> TokenArray:
         """Tokens [start, start + count) as a new array [count], across files.
 
         Raises:
             IndexError: the range is not inside [0, len(self)].
+            ShardError: a file cannot be read, or was cut since the shard was opened.
         """
         if start < 0 or count < 0 or start + count > len(self):
             raise IndexError(f"tokens [{start}, {start + count}) are outside of [0, {len(self)})")
         result = np.empty(count, self.dtype)
         done = 0
         while done < count:
-            piece = int(np.searchsorted(self.starts, start + done, side="right")) - 1
-            offset = start + done - int(self.starts[piece])
-            part = self.pieces[piece][offset : offset + count - done]
-            result[done : done + len(part)] = part
+            file = int(np.searchsorted(self.starts, start + done, side="right")) - 1
+            part = result[done : int(self.starts[file + 1]) - start]
+            _read_into(part, self.folder, self.files[file], start + done - int(self.starts[file]))
             done += len(part)
         return result
 
-    def documents(self) -> Iterator[TokenArray]:
-        """Every document [T_d], with its closing ``<|endoftext|>``."""
-        start = 0
-        for end in self.document_ends.tolist():
-            yield self.read(start, end - start)
-            start = end
+    def blocks(self, count: int | None = None) -> Iterator[TokenArray]:
+        """The first ``count`` tokens, or all, in arrays of at most 2^20."""
+        count = len(self) if count is None else count
+        for start in range(0, count, _BLOCK_TOKENS):
+            yield self.read(start, min(_BLOCK_TOKENS, count - start))
+
+    def document_ends(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Position after each document's ``<|endoftext|>`` in all tokens, in arrays of at most 2^16.
+
+        Raises:
+            ShardError: a file's ends do not rise, or it cannot be read.
+        """
+        for number, name in enumerate(self.files):
+            previous = 0
+            documents = int(self.document_starts[number + 1] - self.document_starts[number])
+            for first in range(0, documents, _BLOCK_ENDS):
+                raw = np.empty(min(_BLOCK_ENDS, documents - first), _END_DTYPE)
+                _read_into(raw, self.folder, f"{name}.index", first)
+                ends = raw.astype(np.int64)
+                if bool((np.diff(ends, prepend=previous) <= 0).any()):
+                    raise ShardError(f"{name}.index is not a rising list of document ends")
+                previous = int(ends[-1])
+                yield ends + self.starts[number]
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class TokenShards:
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenShards:
-        """Open the artefact of the ``tokenize`` stage and check every file's size and boundaries.
+        """Open the artefact of the ``tokenize`` stage and check every file's size and last document end.
 
         Raises:
             ShardError: ``index.json`` is missing or malformed, or a shard is missing or torn.
@@ -159,62 +179,98 @@ class TokenShards:
         return self.shards[split]
 
     def check_ids(self) -> None:
-        """Read every token: ids must be below ``vocab_size`` and documents must end with ``eos_id``.
+        """Read everything: ids below ``vocab_size``, rising document ends, each document closed by ``eos_id``.
 
         Raises:
-            ShardError: names the first file that holds a wrong id.
+            ShardError: names the first file that holds something else.
         """
         for categories in self.shards.values():
             for shard in categories.values():
-                for piece, name in zip(shard.pieces, shard.files, strict=True):
-                    for start in range(0, len(piece), _SCAN_TOKENS):
-                        top = int(piece[start : start + _SCAN_TOKENS].max())
-                        if top >= self.vocab_size:
-                            raise ShardError(
-                                f"{name} holds token id {top}; the vocabulary ends at {self.vocab_size}"
-                            )
-                for piece, name, first in zip(shard.pieces, shard.files, shard.starts, strict=False):
-                    ends = shard.document_ends - first
-                    ends = ends[(ends > 0) & (ends <= len(piece))]
-                    if len(ends) and not bool((piece[ends - 1] == self.eos_id).all()):
-                        raise ShardError(f"{name} has a document that does not end with token {self.eos_id}")
+                self._check_shard(shard)
+
+    def _check_shard(self, shard: Shard) -> None:
+        blocks, ends, start = shard.document_ends(), np.empty(0, np.int64), 0
+        for tokens in shard.blocks():
+            if int(tokens.max()) >= self.vocab_size:
+                wrong = int(np.argmax(tokens >= self.vocab_size))
+                raise ShardError(
+                    f"{_file_of(shard, start + wrong)} holds token id {tokens[wrong]}; the vocabulary ends at "
+                    f"{self.vocab_size}"
+                )
+            stop = start + len(tokens)
+            while len(ends) == 0 or ends[-1] <= stop:
+                more = next(blocks, None)
+                if more is None:
+                    break
+                ends = np.concatenate([ends, more])
+            inside, ends = ends[ends <= stop], ends[ends > stop]
+            wrong_ends = inside[tokens[inside - 1 - start] != self.eos_id]
+            if len(wrong_ends):
+                name = _file_of(shard, int(wrong_ends[0]) - 1)
+                raise ShardError(f"{name} has a document that does not end with token {self.eos_id}")
+            start = stop
 
 
-def _order(category: str) -> tuple[int, str]:
-    return (CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES), category)
+def _file_of(shard: Shard, position: int) -> str:
+    return shard.files[int(np.searchsorted(shard.starts, position, side="right")) - 1]
 
 
 def _open_shard(folder: Path, entry: dict[str, Any], dtype: np.dtype[Any]) -> Shard:
-    pieces: list[TokenArray] = []
-    ends: list[npt.NDArray[np.int64]] = []
-    total = 0
-    for name in entry["files"]:
-        piece, piece_ends = _open_piece(folder, str(name), dtype)
-        pieces.append(piece)
-        ends.append(piece_ends + total)
-        total += len(piece)
-    document_ends = np.concatenate([np.empty(0, np.int64), *ends])
-    names = ", ".join(entry["files"]) or "no files"
-    if total != entry["tokens"]:
-        raise ShardError(f"{names}: {total} tokens on disk, {INDEX_NAME} says {entry['tokens']}")
-    if len(document_ends) != entry["documents"]:
-        raise ShardError(f"{names}: {len(document_ends)} documents, {INDEX_NAME} says {entry['documents']}")
-    return Shard(tuple(pieces), document_ends, int(entry["bytes"]), tuple(map(str, entry["files"])), dtype)
+    files = tuple(map(str, entry["files"]))
+    with ThreadPoolExecutor(_OPENING_THREADS) as pool:
+        sizes = list(pool.map(lambda name: _measure(folder, name, dtype), files))
+    starts = np.cumsum([0, *(tokens for tokens, _ in sizes)], dtype=np.int64)
+    document_starts = np.cumsum([0, *(documents for _, documents in sizes)], dtype=np.int64)
+    names = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else "".join(files) or "no files"
+    if starts[-1] != entry["tokens"]:
+        raise ShardError(f"{names}: {starts[-1]} tokens on disk, {INDEX_NAME} says {entry['tokens']}")
+    if document_starts[-1] != entry["documents"]:
+        raise ShardError(f"{names}: {document_starts[-1]} documents, {INDEX_NAME} says {entry['documents']}")
+    token_bytes = entry.get("token_bytes")
+    return Shard(
+        folder=folder,
+        files=files,
+        starts=starts,
+        document_starts=document_starts,
+        bytes=int(entry["bytes"]),
+        token_bytes=None if token_bytes is None else int(token_bytes),
+        dtype=dtype,
+    )
 
 
-def _open_piece(folder: Path, name: str, dtype: np.dtype[Any]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
-    path, index_path = folder / name, folder / f"{name}.index"
-    for part in (path, index_path):
-        if not part.is_file():
-            raise ShardError(f"the token shard {part.relative_to(folder)} is missing from {folder}")
-    raw = index_path.read_bytes()
-    if len(raw) % _END_DTYPE.itemsize:
-        raise ShardError(f"{name}.index is torn: {len(raw)} bytes are not a whole number of uint64")
-    ends = np.frombuffer(raw, _END_DTYPE).astype(np.int64)
-    if len(ends) == 0 or ends[0] <= 0 or bool((np.diff(ends) <= 0).any()):
+def _measure(folder: Path, name: str, dtype: np.dtype[Any]) -> tuple[int, int]:
+    """Tokens and documents of one file, by its size and the first and the last document end."""
+    for part in (name, f"{name}.index"):
+        if not (folder / part).is_file():
+            raise ShardError(f"the token shard {part} is missing from {folder}")
+    index_bytes = (folder / f"{name}.index").stat().st_size
+    documents, torn = divmod(index_bytes, _END_DTYPE.itemsize)
+    if torn:
+        raise ShardError(f"{name}.index is torn: {index_bytes} bytes are not a whole number of uint64")
+    if documents == 0:
+        raise ShardError(f"{name}.index is empty: it holds no document end")
+    first, last = np.empty(1, _END_DTYPE), np.empty(1, _END_DTYPE)
+    _read_into(first, folder, f"{name}.index", 0)
+    _read_into(last, folder, f"{name}.index", documents - 1)
+    # Every document has its closing token at least, so ends rise by one or more.
+    if not 0 < int(first[0]) <= int(last[0]) - (documents - 1):
         raise ShardError(f"{name}.index is not a rising list of document ends")
-    expected, found = int(ends[-1]) * dtype.itemsize, path.stat().st_size
+    expected, found = int(last[0]) * dtype.itemsize, (folder / name).stat().st_size
     if found != expected:
         state = "truncated" if found < expected else "longer than its index says"
         raise ShardError(f"the token shard {name} is {state}: {found} bytes, expected {expected}")
-    return np.memmap(path, dtype=dtype, mode="r"), ends
+    return int(last[0]), documents
+
+
+def _read_into(array: npt.NDArray[Any], folder: Path, name: str, first: int) -> None:
+    """Fill ``array`` with a file's items from item ``first`` on."""
+    try:
+        with (folder / name).open("rb") as file:
+            file.seek(first * array.itemsize)
+            found = file.readinto(array.view(np.uint8).data)
+    except OSError as error:
+        raise ShardError(f"the token shard {name} cannot be read: {error}") from error
+    if found != array.nbytes:
+        raise ShardError(
+            f"the token shard {name} ends before item {first + len(array)}: it was cut while it was in use"
+        )

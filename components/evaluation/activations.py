@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from components.artifacts import StageError
 from components.corpus.categories import CATEGORIES
 from components.corpus.shards import TOKENIZER_FOLDER, TokenShards
+from components.corpus.text_bytes import count_bytes, token_bytes
 from components.evaluation.config import EvaluateConfig
-from components.measures.heldout import held_out_windows, token_bytes
+from components.measures.heldout import held_out_windows
 from components.measures.intervals import bootstrap_ratio
 from model import SmallThinkerForCausalLM
 from model.masks import document_ids
@@ -63,19 +64,19 @@ class HeldOutText:
         tokenizer_file = tokenized / TOKENIZER_FOLDER / "tokenizer.json"
         if not tokenizer_file.is_file():
             raise StageError(f"{tokenizer_file} is missing; run the stage tokenize")
-        lengths = token_bytes(Tokenizer.from_file(str(tokenizer_file)), shards.vocab_size).astype(np.float64)
+        lengths = token_bytes(Tokenizer.from_file(str(tokenizer_file)), shards.vocab_size)
         streams: dict[str, Int64s] = {}
         scaled: dict[str, Floats] = {}
         for name in CATEGORIES:
             if SPLIT not in shards.splits or name not in shards.categories(SPLIT):
                 continue
             shard = shards.shard(SPLIT, name)
-            whole = float(lengths[np.asarray(shard.tokens, dtype=np.int64)].sum())
+            whole = float(count_bytes(shard, lengths))
             if whole <= 0:
                 continue
             count = min(len(shard), config.heldout_tokens_per_category)
             streams[name] = np.asarray(shard.read(0, count), dtype=np.int64)
-            scaled[name] = lengths * (shard.bytes / whole)
+            scaled[name] = lengths.astype(np.float64) * (shard.bytes / whole)
         if not streams:
             raise StageError(f"{tokenized} holds no text in the split {SPLIT}; evaluation needs some")
         return cls(streams, scaled, shards.eos_id)

@@ -69,13 +69,11 @@ def text_streams(folder: Path, files: Sequence[Path]) -> list[Int64s]:
     return streams
 
 
-def shard_streams(folder: Path) -> list[Int64s]:
-    """Token ids of the held-out split of a ``tokenize`` artefact, by category."""
+def shard_streams(folder: Path, limit: int) -> list[Int64s]:
+    """The first ``limit`` token ids of each category of a ``tokenize`` artefact's held-out split."""
     shards = TokenShards.open(folder)
-    return [
-        shards.shard(HELD_OUT_SPLIT, name).tokens.astype(np.int64)
-        for name in shards.categories(HELD_OUT_SPLIT)
-    ]
+    held = [shards.shard(HELD_OUT_SPLIT, name) for name in shards.categories(HELD_OUT_SPLIT)]
+    return [shard.read(0, min(len(shard), limit)).astype(np.int64) for shard in held]
 
 
 @torch.no_grad()

@@ -106,8 +106,10 @@ def _train_predictor(
     context: StageContext, config: ExportConfig, part: HeadPredictorConfig, parameters: int
 ) -> HeadPredictor:
     """Train on states of the merged model over the held-out split, which the model did not learn from."""
-    streams = shard_streams(context.inputs["tokenize"])
-    windows = split_windows(streams, part.positions, part.window, split_parts(part))
+    parts = split_parts(part)
+    # No more of a category than this is ever cut into windows.
+    streams = shard_streams(context.inputs["tokenize"], max(part.positions, len(parts) * part.window))
+    windows = split_windows(streams, part.positions, part.window, parts)
     dtype: torch.dtype | Literal["auto"] = (
         torch.float32 if parameters <= config.verify_max_parameters else "auto"
     )

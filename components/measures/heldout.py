@@ -21,27 +21,16 @@ from tokenizers import Tokenizer
 
 from components.artifacts import StageError
 from components.corpus.categories import CATEGORIES
-from components.corpus.shards import HELD_OUT_SPLIT, TRAIN_SPLIT, TokenShards
+from components.corpus.shards import HELD_OUT_SPLIT, TRAIN_SPLIT, TokenArray, TokenShards
+from components.corpus.text_bytes import count_bytes, token_bytes
 from components.measures.bigram import BigramModel
 from model.masks import document_ids
 
 Int64s = npt.NDArray[np.int64]
 
 
-def token_bytes(tokenizer: Tokenizer, size: int) -> Int64s:
-    """UTF-8 bytes that each token of a byte-level BPE stands for; special tokens stand for none. ``[V]``"""
-    lengths = np.zeros(size, dtype=np.int64)
-    for text, number in tokenizer.get_vocab(with_added_tokens=True).items():
-        if number < size:
-            lengths[number] = len(text)  # the byte-level alphabet writes one character per byte
-    for number, token in tokenizer.get_added_tokens_decoder().items():
-        if number < size:
-            lengths[number] = 0 if token.special else len(token.content.encode())
-    return lengths
-
-
 def held_out_windows(
-    stream: npt.NDArray[np.int64], context: int, eos_id: int
+    stream: npt.NDArray[np.integer], context: int, eos_id: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
     """Cut a held-out split into windows that score each token once.
 
@@ -89,7 +78,7 @@ class HeldOut:
     """The held-out text of every category, cut to the configured length."""
 
     def __init__(
-        self, streams: Mapping[str, Int64s], text_bytes: Mapping[str, float], eos_id: int, batch: int
+        self, streams: Mapping[str, TokenArray], text_bytes: Mapping[str, float], eos_id: int, batch: int
     ) -> None:
         self.streams = dict(streams)
         self.text_bytes = dict(text_bytes)
@@ -110,22 +99,20 @@ class HeldOut:
             StageError: the shards hold no held-out text at all.
         """
         lengths = token_bytes(Tokenizer.from_file(str(tokenizer_file)), shards.vocab_size)
-        streams: dict[str, Int64s] = {}
+        streams: dict[str, TokenArray] = {}
         text_bytes: dict[str, float] = {}
         for name in CATEGORIES:
             if HELD_OUT_SPLIT not in shards.splits or name not in shards.categories(HELD_OUT_SPLIT):
                 continue
             shard = shards.shard(HELD_OUT_SPLIT, name)
-            stream = np.asarray(shard.read(0, min(len(shard), tokens_per_category)), dtype=np.int64)
-            counted = float(lengths[stream].sum())
-            if len(stream) < len(shard):
+            count = min(len(shard), tokens_per_category)
+            counted = float(shard.bytes)
+            if count < len(shard):
                 # Where the tokenizer's normaliser changed the text's length, the index knows the true one.
-                whole = float(lengths[np.asarray(shard.tokens, dtype=np.int64)].sum())
-                counted *= shard.bytes / max(whole, 1.0)
-            else:
-                counted = float(shard.bytes)
+                whole = float(count_bytes(shard, lengths))
+                counted = float(count_bytes(shard, lengths, count)) * (shard.bytes / max(whole, 1.0))
             if counted > 0:
-                streams[name], text_bytes[name] = stream, counted
+                streams[name], text_bytes[name] = shard.read(0, count), counted
         if not streams:
             raise StageError(
                 f"The token shards hold no text in split {HELD_OUT_SPLIT}; pretraining measures bits per byte on it."
@@ -253,9 +240,6 @@ def _all_reduce(tensor: torch.Tensor, device: torch.device) -> None:
 
 def fit_bigram(shards: TokenShards, limit_tokens: int) -> BigramModel:
     """Fit the baseline on the training tokens of all categories, up to ``limit_tokens`` each."""
-    streams = []
-    for name in CATEGORIES:
-        if name in shards.categories(TRAIN_SPLIT):
-            shard = shards.shard(TRAIN_SPLIT, name)
-            streams.append(shard.read(0, min(len(shard), limit_tokens)))
+    held = [shards.shard(TRAIN_SPLIT, name) for name in CATEGORIES if name in shards.categories(TRAIN_SPLIT)]
+    streams = (shard.read(0, min(len(shard), limit_tokens)) for shard in held)  # one at a time
     return BigramModel.fit(streams, shards.vocab_size)

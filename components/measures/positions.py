@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from components.artifacts import StageError
-from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
+from components.corpus.shards import HELD_OUT_SPLIT, Shard, TokenShards
 from model import SmallThinkerForCausalLM
 
 _RESAMPLES = 2000
@@ -46,20 +46,23 @@ class PositionBand:
     change_high: float
 
 
-def document_beginnings(stream_T: Int64s, eos_id: int, length: int, limit: int) -> Int64s:
-    """The first ``length`` tokens of up to ``limit`` documents that have as many, each opened by ``eos_id``.
-
-    Args:
-        stream_T: tokens of documents, each closed by ``eos_id``.
+def document_beginnings(shard: Shard, eos_id: int, length: int, limit: int) -> Int64s:
+    """The first ``length`` tokens of the first ``limit`` documents that have as many, each opened by ``eos_id``.
 
     Returns:
         ``[documents, length + 1]``.
     """
-    ends = np.flatnonzero(stream_T == eos_id)
-    starts = np.concatenate([[0], ends[:-1] + 1]) if len(ends) else np.zeros(0, dtype=np.int64)
-    long = [start for start, end in zip(starts, ends, strict=True) if end - start >= length][:limit]
-    rows = [np.concatenate([[eos_id], stream_T[start : start + length]]) for start in long]
-    return np.stack(rows) if rows else np.zeros((0, length + 1), dtype=np.int64)
+    rows_NT = np.empty((0, length + 1), dtype=np.int64)
+    previous = 0
+    for ends in shard.document_ends():
+        starts = np.concatenate([[previous], ends[:-1]])
+        previous = int(ends[-1])
+        long = starts[ends - 1 - starts >= length][: limit - len(rows_NT)]  # the closing token does not count
+        rows = [np.concatenate([[eos_id], shard.read(start, length)]) for start in long.tolist()]
+        rows_NT = np.concatenate([rows_NT, *(row[None] for row in rows)])
+        if len(rows_NT) == limit:
+            break
+    return rows_NT
 
 
 @torch.no_grad()
@@ -120,9 +123,7 @@ def measure(
         )
     shards = TokenShards.open(tokens)
     parts = [
-        document_beginnings(
-            np.asarray(shards.shard(HELD_OUT_SPLIT, name).tokens, dtype=np.int64), shards.eos_id, new, limit
-        )
+        document_beginnings(shards.shard(HELD_OUT_SPLIT, name), shards.eos_id, new, limit)
         for name in shards.categories(HELD_OUT_SPLIT)
     ]
     windows = np.concatenate(parts) if parts else np.zeros((0, new + 1), dtype=np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -21,8 +22,9 @@ from tqdm import tqdm
 from components.artifacts import StageContext, StageError, parse_config, write_json
 from components.corpus.categories import CATEGORIES
 from components.corpus.hashing import hash_fraction
-from components.corpus.shards import INDEX_NAME, TOKENIZER_FOLDER, TokenShards
+from components.corpus.shards import HELD_OUT_SPLIT, INDEX_NAME, TOKENIZER_FOLDER, TokenShards
 from components.corpus.special_tokens import END_OF_TEXT
+from components.corpus.text_bytes import count_bytes, token_bytes
 from components.sources import fetch
 from components.tokenization.config import TokenizeConfig
 from components.tokenization.texts import SPLITS, Text, TextSources
@@ -37,6 +39,8 @@ SHARDS_FOLDER = "shards"
 _SAMPLE_CHARS = 20_000
 _ROUND_TRIPS = 100
 _BATCH_DOCUMENTS = 1_000
+# Of one file: its document ends are held in memory while it is written and shuffled.
+FILE_DOCUMENTS = 1 << 20
 
 
 def run(context: StageContext) -> dict[str, float]:
@@ -76,6 +80,11 @@ def _tokenize(context: StageContext, config: TokenizeConfig) -> dict[str, float]
     write_json(context.out / INDEX_NAME, index)
     shards = TokenShards.open(context.out)
     shards.check_ids()
+    # Every later stage asks for it, and could only learn it by reading the whole split.
+    lengths = token_bytes(tokenizer, config.vocab_size)
+    for category, entry in index["splits"][HELD_OUT_SPLIT].items():
+        entry["token_bytes"] = count_bytes(shards.shard(HELD_OUT_SPLIT, category), lengths)
+    write_json(context.out / INDEX_NAME, index)
     if sources.quoting_rows:
         context.note(f"{sources.quoting_rows} chat rows quote a special token and were left out")
     return _metrics(index, tokenizer, _check_round_trip(sources, tokenizer))
@@ -131,11 +140,14 @@ def _write_shards(
             batch_size=_BATCH_DOCUMENTS,
             save_final_metadata=False,  # it would hold a path of this machine
         )
-        step.run(iter(counted), 0, 1)
+        documents = iter(counted)
+        for number in itertools.count():
+            first = next(documents, None)
+            if first is None:
+                break
+            part = itertools.islice(documents, FILE_DOCUMENTS - 1)
+            step.run(itertools.chain([first], part), number, 1)
         files = sorted(folder.glob("*.ds"))
-        if counted.documents == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-            files = []
         itemsize = step.token_size
         splits[split][category] = {
             "tokens": sum(file.stat().st_size for file in files) // itemsize,

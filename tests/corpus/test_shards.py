@@ -44,20 +44,79 @@ FLAT = [1, 2, 3, EOS, 4, EOS, 5, 6, EOS, 7, EOS, 8, 9, EOS, EOS]
 def test_reads_across_files(tmp_path: Path, dtype: str) -> None:
     shards = TokenShards.open(write_shards(tmp_path, FILES, dtype))
     shard = shards.shard("train", "general")
-    assert shard.tokens.tolist() == FLAT and len(shard) == len(FLAT)
-    assert shard.document_ends.tolist() == [4, 6, 9, 11, 14, 15]
+    assert len(shard) == len(FLAT) and shard.documents == 6
+    assert np.concatenate(list(shard.document_ends())).tolist() == [4, 6, 9, 11, 14, 15]
     for start in range(len(FLAT) + 1):
         for count in range(len(FLAT) - start + 1):
             assert shard.read(start, count).tolist() == FLAT[start : start + count]
-    assert [d.tolist() for d in shard.documents()][2] == [5, 6, EOS]
     assert shards.categories("train") == ("general",) and shards.categories("heldout") == ()
-    assert shards.shard("train", "maths").tokens.shape == (0,)
+    empty = shards.shard("train", "maths")
+    assert len(empty) == empty.documents == 0 and list(empty.blocks()) == list(empty.document_ends()) == []
     shards.check_ids()
 
 
-def test_single_file_is_not_copied(tmp_path: Path) -> None:
-    shard = TokenShards.open(write_shards(tmp_path, FILES[:1])).shard("train", "general")
-    assert isinstance(shard.tokens, np.memmap)
+@pytest.mark.parametrize("block", [1, 2, 5, 14, 15, 16])
+def test_blocks_and_checks_do_not_depend_on_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Documents and files begin, end and lie anywhere in a block of tokens and in one of ends."""
+    shards = TokenShards.open(write_shards(tmp_path, FILES))
+    shard = shards.shard("train", "general")
+    monkeypatch.setattr("components.corpus.shards._BLOCK_TOKENS", block)
+    monkeypatch.setattr("components.corpus.shards._BLOCK_ENDS", max(1, block // 2))
+    for count in (None, *range(len(FLAT) + 1)):
+        blocks = list(shard.blocks(count))
+        assert all(0 < len(tokens) <= block for tokens in blocks)
+        assert [token for tokens in blocks for token in tokens.tolist()] == FLAT[:count]
+    assert np.concatenate(list(shard.document_ends())).tolist() == [4, 6, 9, 11, 14, 15]
+    shards.check_ids()
+    path = tmp_path / "shards/train/general/00001.ds"
+    for position in range(3):
+        tokens = np.fromfile(path, "<u2")
+        tokens[position] = 64
+        tokens.tofile(path)
+        with pytest.raises(ShardError, match=r"00001\.ds holds token id 64"):
+            shards.check_ids()
+        tokens[position] = [5, 6, EOS][position]
+        tokens.tofile(path)
+
+
+def test_a_thousand_files_need_no_thousand_descriptors(tmp_path: Path) -> None:
+    """The usual limit is 1,024 open files, and every mapped file would keep one."""
+    shards = TokenShards.open(write_shards(tmp_path, [[[n % EOS]] for n in range(300)]))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert shards.shard("train", "general").read(0, 600).tolist() == [
+        t for n in range(300) for t in (n % EOS, EOS)
+    ]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_file_cut_while_in_use_is_named(tmp_path: Path) -> None:
+    """A map of it would kill the process with SIGBUS."""
+    shard = TokenShards.open(write_shards(tmp_path, FILES)).shard("train", "general")
+    path = tmp_path / "shards/train/general/00001.ds"
+    content = path.read_bytes()
+    path.write_bytes(content[:3])
+    with pytest.raises(ShardError, match=r"00001\.ds ends before item 3: it was cut"):
+        shard.read(0, 15)
+    path.unlink()
+    with pytest.raises(ShardError, match=r"00001\.ds cannot be read"):
+        shard.read(6, 1)
+    assert shard.read(0, 6).tolist() == FLAT[:6]
+
+
+def test_wrong_ends_between_the_first_and_the_last_are_found(tmp_path: Path) -> None:
+    """Opening looks at the first and the last end of a file; the check of everything at each."""
+    write_shards(tmp_path, FILES)
+    path = tmp_path / "shards/train/general/00002.ds.index"
+    for wrong, message in [(2, "rising"), (6, "rising"), (2**63 + 1, "rising"), (4, "does not end")]:
+        np.array([2, wrong, 6], "<u8").tofile(path)
+        with pytest.raises(ShardError, match=rf"00002\.ds.*{message}"):
+            TokenShards.open(tmp_path).check_ids()
+    for ends in ([0, 5, 6], [5, 5, 6], [2, 5, 7]):
+        np.array(ends, "<u8").tofile(path)
+        with pytest.raises(ShardError, match=r"00002\.ds"):
+            TokenShards.open(tmp_path)
 
 
 @pytest.mark.parametrize("start,count", [(-1, 1), (0, 16), (15, 1), (3, -1)])

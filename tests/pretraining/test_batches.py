@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from components.artifacts import StageError
 from components.corpus.shards import TokenShards
-from components.measures.heldout import HeldOut, held_out_windows, token_bytes
+from components.corpus.text_bytes import token_bytes
+from components.measures.heldout import HeldOut, held_out_windows
 from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
 from components.pretraining.deepspeed.initial_model import initial_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +11,30 @@ import torch
 import torch.nn.functional as F
 
 from components.artifacts import StageError
+from components.corpus.shards import TokenShards
 from components.measures.positions import compare, document_beginnings, measure, nats_by_position
 from components.pretraining.architecture import model_config
 from components.pretraining.config import PretrainConfig
 from components.pretraining.deepspeed.initial_model import initial_model
-from tests.pretraining.factory import CONTEXT, run_config
+from tests.pretraining.factory import CONTEXT, run_config, write_shard
 
 EOS = 0
 
 
-def test_only_beginnings_of_long_documents_count() -> None:
-    stream = np.array([1, 2, EOS, 3, 4, 5, EOS, 6, 7, 8, 9, EOS, 1, 2, 3])
-    assert document_beginnings(stream, EOS, 3, 10).tolist() == [[EOS, 3, 4, 5], [EOS, 6, 7, 8]]
-    assert document_beginnings(stream, EOS, 3, 1).tolist() == [[EOS, 3, 4, 5]]
-    assert document_beginnings(stream, EOS, 5, 10).shape == (0, 6)
-    assert document_beginnings(stream[:0], EOS, 2, 10).shape == (0, 3)
+def test_only_beginnings_of_long_documents_count(tmp_path: Path) -> None:
+    documents = [[1, 2, EOS], [3, 4, 5, EOS], [6, 7, 8, 9, EOS], [1, 2, EOS]]
+    tokens = write_shard(tmp_path, "a.ds", documents)
+    entry = {"tokens": tokens, "documents": len(documents), "bytes": 9, "files": ["a.ds"]}
+    empty = {"tokens": 0, "documents": 0, "bytes": 0, "files": []}
+    splits = {"heldout": {"general": entry, "maths": empty}}
+    index = {"dtype": "uint16", "vocab_size": 10, "eos_id": EOS, "splits": splits}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    shards = TokenShards.open(tmp_path)
+    shard = shards.shard("heldout", "general")
+    assert document_beginnings(shard, EOS, 3, 10).tolist() == [[EOS, 3, 4, 5], [EOS, 6, 7, 8]]
+    assert document_beginnings(shard, EOS, 3, 1).tolist() == [[EOS, 3, 4, 5]]
+    assert document_beginnings(shard, EOS, 5, 10).shape == (0, 6)
+    assert document_beginnings(shards.shard("heldout", "maths"), EOS, 2, 10).shape == (0, 3)
 
 
 def test_nats_are_those_of_one_forward_pass() -> None:

@@ -1,4 +1,4 @@
-"""Training batches from memory-mapped shards: ``BatchSource(...).rank_groups(step, rank, world)``."""
+"""Training batches from token shards: ``BatchSource(...).rank_groups(step, rank, world)``."""
 
 from __future__ import annotations
 
