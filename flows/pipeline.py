@@ -35,6 +35,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--root", type=Path, default=PROJECT / "runs", help="folder of artefacts and downloads"
     )
     parser.add_argument("--plan", action="store_true", help="say what would run and why, and stop")
+    parser.add_argument("--verify", action="store_true", help="read every byte of what is finished, and stop")
     parser.add_argument("--plain", action="store_true", help="without Prefect")
 
 
@@ -43,15 +44,19 @@ def request_of(options: argparse.Namespace, until: str | None) -> Request:
     return Request(options.recipe, tuple(options.overrides), until, tuple(options.rebuild), options.root)
 
 
-def execute(request: Request, plan: bool = False, plain: bool = False) -> int:
-    """Run or only plan a request; users' errors go to stderr. Returns the exit code."""
+def execute(request: Request, plan: bool = False, plain: bool = False, verify: bool = False) -> int:
+    """Run a request, or only plan or verify it; users' errors go to stderr. Returns the exit code."""
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
-        if plan:
+        if plan or verify:
             runner = Runner(resolve(request.recipe, request.overrides), request.root, say=say_on_stderr)
-            planned = runner.plan(upstream(request.until) if request.until else STAGES)
-            runner.describe(planned)
-            runner.preflight(planned)
+            stages = upstream(request.until) if request.until else STAGES
+            if verify:
+                runner.verify(stages)
+            if plan:
+                planned = runner.plan(stages)
+                runner.describe(planned)
+                runner.preflight(planned)
         elif plain:
             run_pipeline(request)
         else:
@@ -76,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_run_options(parser)
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     options = parser.parse_args(arguments)
-    return execute(request_of(options, options.until), options.plan, options.plain)
+    return execute(request_of(options, options.until), options.plan, options.plain, options.verify)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.overrides.append(f"pretrain.hardware.{field}={value}")
     request = request_of(options, until=LAST_STAGE)
     if not (options.plan or options.deepspeed):
-        return execute(request, plain=options.plain)
+        return execute(request, plain=options.plain, verify=options.verify)
     try:
         config = resolve(request.recipe, request.overrides).pretrain
         return print_plan(config) if options.plan else print_deepspeed(config)

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
+from tqdm import tqdm
 
 from components.artifacts import (
     EXIT_USER_ERROR,
     METRICS_NAME,
     PROJECT,
+    ArtifactError,
     ArtifactStore,
     Identity,
     Manifest,
@@ -32,6 +34,7 @@ from components.artifacts import (
     read_manifest,
 )
 from components.artifacts.manifest import code_revision, collect_files
+from components.artifacts.verification import file_system_time_ns, remember
 from flows.stages import STAGES, Stage, stage_named
 
 if TYPE_CHECKING:
@@ -190,7 +193,7 @@ class Runner:
         inputs = {}
         for role, name in stage.parents.items():
             parent = self.identity(stage_named(name))
-            self.store.verify(parent)
+            self._check(parent)
             inputs[role] = self.store.folder(parent)
         self.say(f"{stage.name}: running ({'; '.join(self.store.why_stale(identity)[:4])})")
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +206,7 @@ class Runner:
             if self.observer is not None:
                 self.observer.stage_failed(identity, folder, str(error))
             raise
+        began_ns = file_system_time_ns(folder)
         manifest = Manifest(
             stage=stage.name,
             stage_version=identity.stage_version,
@@ -219,12 +223,51 @@ class Runner:
             peak_memory_bytes=peak_bytes,
         )
         self.store.write_manifest(folder, manifest)
+        remember(folder, manifest.files, began_ns)
         headline = ", ".join(f"{name} {value:.4g}" for name, value in list(manifest.metrics.items())[:5])
         self.say(
             f"{stage.name}: finished in {manifest.duration_s:.0f} s, "
             f"peak {peak_bytes / 2**30:.2f} GiB{f' ({headline})' if headline else ''}"
         )
         return manifest
+
+    def _check(self, parent: Identity) -> None:
+        """Check an artefact that a stage is about to read, and say what was not read of it."""
+        check = self.store.verify(parent)
+        if check is not None and check.unread:
+            self.say(
+                f"{parent.stage}: {len(check.unread)} of {len(check.whole) + len(check.sampled)} files are too large "
+                "to read whole at a start, and nobody has here: only samples of them were compared. --verify reads "
+                "everything"
+            )
+
+    def verify(self, stages: Sequence[Stage] = STAGES) -> None:
+        """Read every byte of the finished artefacts of ``stages`` and compare it with their manifests.
+
+        Raises:
+            ArtifactError: something is damaged; every artefact was read before this is said.
+        """
+        damaged = []
+        for stage in stages:
+            identity = self.identity(stage)
+            manifest = read_manifest(self.store.folder(identity))
+            if manifest is None:
+                self.say(f"  {stage.name:<11} not finished")
+                continue
+            size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+            with tqdm(
+                total=size_bytes, desc=stage.name, unit="B", unit_scale=True, file=sys.stderr, disable=None
+            ) as bar:
+                try:
+                    self.store.verify_whole(identity, bar.update)
+                except ArtifactError as error:
+                    damaged.append(str(error))
+                    continue
+            self.say(
+                f"  {stage.name:<11} {len(manifest.files)} files, {size_bytes / 1e9:,.1f} GB: as its manifest says"
+            )
+        if damaged:
+            raise ArtifactError("\n  ".join(damaged))
 
     def _run_process(
         self, stage: Stage, identity: Identity, folder: Path, inputs: dict[str, Path], lock_descriptor: int

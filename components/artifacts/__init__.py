@@ -17,12 +17,12 @@ from components.artifacts.manifest import (
     ParentEntry,
     fingerprint,
     read_manifest,
-    verify_files,
 )
 from components.artifacts.once import once
 from components.artifacts.processes import die_with_parent
 from components.artifacts.stage import EXIT_USER_ERROR, METRICS_NAME, StageContext, StageError
 from components.artifacts.store import ArtifactStore, Identity, flatten
+from components.artifacts.verification import check_artifact
 
 __all__ = [
     "EXIT_USER_ERROR",
@@ -38,6 +38,7 @@ __all__ = [
     "StageContext",
     "StageError",
     "canonical_json",
+    "check_artifact",
     "die_with_parent",
     "fingerprint",
     "flatten",
@@ -47,7 +48,6 @@ __all__ = [
     "parse_config",
     "read_manifest",
     "sha256_file",
-    "verify_files",
     "write_atomically",
     "write_json",
     "wrong_values",

@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 PROJECT = Path(__file__).resolve().parents[2]
 """The checkout, where processes of the project are started and its files are found."""
 
 _CHUNK_BYTES = 1 << 20
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def canonical_json(value: object) -> str:
@@ -22,13 +26,32 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes (hex), reading 1 MiB at a time."""
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file's bytes (hex), reading 1 MiB at a time and telling ``advance`` how many were read."""
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
+
+
+def in_parallel(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    threads: int,
+    stop: Callable[[], None] = lambda: None,
+) -> Iterator[Result]:
+    """``map`` over threads, for what waits for files or hashes them: results in order, the first error raised.
+
+    Whatever ends it early (an error, Ctrl-C) calls ``stop``, drops what has not begun and waits for what has.
+    """
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from pool.map(function, items)
+    finally:
+        stop()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def fsync_path(path: Path) -> None:

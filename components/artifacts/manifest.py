@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from components.artifacts.files import canonical_json, sha256_file
+from components.artifacts.digests import SAMPLED_FROM_BYTES, hashing_threads, sampled_sha256
+from components.artifacts.files import canonical_json, in_parallel, sha256_file
 
 MANIFEST_NAME = "manifest.json"
 
@@ -23,12 +24,26 @@ class ArtifactError(Exception):
 
 
 class FileEntry(BaseModel):
-    """Size and checksum of one file of an artefact."""
+    """Size and checksums of one file of an artefact.
+
+    Attributes:
+        sha256: of all bytes.
+        sampled_sha256: of blocks of it, see :func:`components.artifacts.digests.sampled_sha256`; ``None`` for a small
+            file, and in manifests of before it was kept.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_bytes: int
     sha256: str
+    sampled_sha256: str | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Read a file and describe it."""
+        size = path.stat().st_size
+        sampled = sampled_sha256(path, size) if size >= SAMPLED_FROM_BYTES else None
+        return cls(size_bytes=size, sha256=sha256_file(path), sampled_sha256=sampled)
 
 
 class ParentEntry(BaseModel):
@@ -92,30 +107,16 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def collect_files(folder: Path) -> dict[str, FileEntry]:
-    """Checksum every file below ``folder`` except its manifest and hidden entries."""
-    entries: dict[str, FileEntry] = {}
+    """Checksum every file below ``folder`` except its manifest and hidden entries, on all cores."""
+    names = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
-        if relative.as_posix() == MANIFEST_NAME:
-            continue
-        entries[relative.as_posix()] = FileEntry(size_bytes=path.stat().st_size, sha256=sha256_file(path))
-    return entries
-
-
-def verify_files(folder: Path, manifest: Manifest) -> list[str]:
-    """Compare a folder with its manifest; one sentence per damaged file, empty when all is well."""
-    problems: list[str] = []
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry.size_bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.size_bytes}")
-        elif sha256_file(path) != entry.sha256:
-            problems.append(f"{name} does not match its SHA-256")
-    return problems
+        if relative.as_posix() != MANIFEST_NAME:
+            names.append(relative.as_posix())
+    entries = in_parallel(lambda name: FileEntry.of(folder / name), names, hashing_threads())
+    return dict(zip(names, entries, strict=True))
 
 
 def code_revision(project: Path) -> str:

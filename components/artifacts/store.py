@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components.artifacts.files import fsync_path, write_atomically
+from components.artifacts.digests import WAITING_THREADS
+from components.artifacts.files import fsync_path, in_parallel, write_atomically
 from components.artifacts.manifest import (
     MANIFEST_NAME,
     ArtifactError,
     Manifest,
     ParentEntry,
     read_manifest,
-    verify_files,
 )
+from components.artifacts.verification import Check, check_sizes, check_start, check_whole
 
 _SHORT_DIGITS = 12
 
@@ -76,31 +77,47 @@ class ArtifactStore:
             return None
         if manifest.fingerprint != identity.fingerprint:
             raise ArtifactError(f"{folder} holds the fingerprint {manifest.fingerprint[:12]}, not its own")
-        for name, entry in manifest.files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != entry.size_bytes:
-                raise self._damaged(identity.stage, folder, verify_files(folder, manifest))
+        if problems := check_sizes(folder, manifest):
+            raise self._damaged(identity.stage, folder, problems)
         return manifest
 
-    def verify(self, identity: Identity) -> None:
-        """Check every file's SHA-256, once per process.
+    def verify(self, identity: Identity) -> Check | None:
+        """Check the files before a stage reads them, once per process: see ``check_start``.
+
+        Returns:
+            What was read of them; ``None`` when this process has checked them before.
 
         Raises:
             ArtifactError: a file does not match its manifest.
         """
         folder = self.folder(identity)
         if folder in self._verified:
-            return
+            return None
+        check = check_start(folder, self._manifest(identity))
+        if check.problems:
+            raise self._damaged(identity.stage, folder, check.problems)
+        self._verified.add(folder)
+        return check
+
+    def verify_whole(self, identity: Identity, advance: Callable[[int], None]) -> None:
+        """Read every byte and compare, telling ``advance`` how many were read.
+
+        Raises:
+            ArtifactError: a file does not match its manifest.
+        """
+        folder = self.folder(identity)
+        if problems := check_whole(folder, self._manifest(identity), advance):
+            raise self._damaged(identity.stage, folder, problems)
+
+    def _manifest(self, identity: Identity) -> Manifest:
+        folder = self.folder(identity)
         manifest = read_manifest(folder)
         if manifest is None:
             raise ArtifactError(f"{folder} has no manifest: the stage {identity.stage} has not finished")
-        problems = verify_files(folder, manifest)
-        if problems:
-            raise self._damaged(identity.stage, folder, problems)
-        self._verified.add(folder)
+        return manifest
 
     @staticmethod
-    def _damaged(stage: str, folder: Path, problems: list[str]) -> ArtifactError:
+    def _damaged(stage: str, folder: Path, problems: Sequence[str]) -> ArtifactError:
         return ArtifactError(
             f"the artefact of stage {stage} in {folder} is damaged: {'; '.join(problems[:3])}. "
             f"Nothing was changed. To set it aside and build it again, add --rebuild {stage}"
@@ -151,8 +168,8 @@ class ArtifactStore:
         for path in folder.iterdir():
             if path.name.startswith("."):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in manifest.files:
-            fsync_path(folder / name)
+        for _ in in_parallel(lambda name: fsync_path(folder / name), manifest.files, WAITING_THREADS):
+            pass
         write_atomically(folder / MANIFEST_NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
 
     @contextmanager
