@@ -18,8 +18,10 @@ from typing import Any
 
 from components.artifacts import (
     EXIT_USER_ERROR,
+    ArtifactError,
     StageContext,
     StageError,
+    check_artifact,
     die_with_parent,
     parse_config,
     write_json,
@@ -74,10 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer: dict[str, Any] = {}
     try:
         config = parse_config(PretrainConfig, context)
+        # The runner does it where there is one. The other ranks wait for this one when they join the processes.
+        if is_first and not request_was_launched(request) and check_artifact(inputs["tokenize"]).unread:
+            context.note(
+                "The largest token shards were compared with their manifest by samples only; flows.pipeline --verify "
+                "reads everything."
+            )
         answer["evaluations"] = train_here(context, config)
         if is_first and not request_was_launched(request):
             write_results(context, config, answer["evaluations"])
-    except StageError as error:
+    except (StageError, ArtifactError) as error:
         answer = {"error": str(error)}
     except Exception:
         traceback.print_exc()
