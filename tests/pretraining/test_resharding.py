@@ -200,13 +200,13 @@ def test_a_damaged_universal_form_is_made_again(tmp_path: Path, children: Childr
 def train_part(request: Path, log: Path, stop_at: int) -> None:
     """A rank of a run that writes down every row it trains on, and is told to stop at a step."""
     from components.pretraining import worker
-    from components.pretraining.data.batches import BatchSource
+    from components.pretraining.data.prefetch import Prefetcher
 
-    original = BatchSource.rank_groups
+    original = Prefetcher.take
     rank = int(os.environ["RANK"])
 
-    def watched(self: BatchSource, step: int, *place: int) -> Any:
-        groups = original(self, step, *place)
+    def watched(self: Prefetcher, step: int) -> Any:
+        groups = original(self, step)
         rows = [row for group in groups for batch in group for row in batch.input_ids_BT.tolist()]
         with (log / f"rank-{os.getpid()}").open("a") as handle:
             handle.write(json.dumps([step, rows]) + "\n")
@@ -214,7 +214,7 @@ def train_part(request: Path, log: Path, stop_at: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return groups
 
-    BatchSource.rank_groups = watched  # type: ignore[method-assign]
+    Prefetcher.take = watched  # type: ignore[method-assign]
     worker._GRACE_S = 0.0
     worker.main([str(request)])
     os._exit(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +47,13 @@ class MicroBatch:
     labels_BT: torch.Tensor
     category_B: torch.Tensor
 
+    def pinned(self) -> MicroBatch:
+        """The same in pinned memory, from where copies to a GPU run beside its work."""
+        input_ids_BT = self.input_ids_BT.pin_memory()
+        return MicroBatch(
+            input_ids_BT, self.document_ids_BT.pin_memory(), input_ids_BT, self.category_B.pin_memory()
+        )
+
 
 class BatchSource:
     """Batches as a pure function of (config, shards, step).
@@ -85,13 +93,31 @@ class BatchSource:
 
     def read(self, sequences: Sequences, context: int) -> torch.Tensor:
         """The tokens of ``sequences``: int64 ``[B, context]``."""
-        rows = np.empty((len(sequences.start_B), context), dtype=np.int64)
-        for row, category, start in zip(rows, sequences.category_B, sequences.start_B, strict=True):
-            row[:] = self._streams[CATEGORIES[category]].read(int(start), context)
-        return torch.from_numpy(rows)
+        return self._begin(sequences, context, None)()
 
-    def rank_groups(self, step: int, rank: int, world: int) -> list[list[MicroBatch]]:
-        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group.
+    def _begin(
+        self, sequences: Sequences, context: int, readers: Executor | None
+    ) -> Callable[[], torch.Tensor]:
+        """Begin to :meth:`read` with ``readers``, if there are any; the call of what this returns ends it."""
+        rows = np.empty((len(sequences.start_B), context), dtype=np.int64)
+
+        def fill(row: int) -> None:
+            category, start = CATEGORIES[sequences.category_B[row]], int(sequences.start_B[row])
+            rows[row] = self._streams[category].read(start, context)
+
+        filled = map(fill, range(len(rows))) if readers is None else readers.map(fill, range(len(rows)))
+
+        def end() -> torch.Tensor:
+            for _ in filled:
+                pass
+            return torch.from_numpy(rows)
+
+        return end
+
+    def rank_groups(
+        self, step: int, rank: int, world: int, readers: Executor | None = None
+    ) -> list[list[MicroBatch]]:
+        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group; ``readers`` read rows side by side.
 
         The global batch is cut into ``load_balance_groups`` equal contiguous slices. With more ranks than groups,
         ``world / groups`` neighbouring ranks share one; with fewer, a rank takes several, one after the other. Within
@@ -110,18 +136,26 @@ class BatchSource:
             starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
             result.append(
                 [
-                    self._micro_batch(sequences, slice(start, start + micro), span.stage.context)
+                    self._micro_batch(sequences, slice(start, start + micro), span.stage.context, readers)
                     for start in starts
                 ]
             )
-        return result
+        # All reads have begun before the first one is waited for.
+        return [[end() for end in group] for group in result]
 
-    def _micro_batch(self, sequences: Sequences, rows: slice, context: int) -> MicroBatch:
+    def _micro_batch(
+        self, sequences: Sequences, rows: slice, context: int, readers: Executor | None
+    ) -> Callable[[], MicroBatch]:
         part = Sequences(sequences.category_B[rows], sequences.start_B[rows])
-        input_ids_BT = self.read(part, context)
-        return MicroBatch(
-            input_ids_BT=input_ids_BT,
-            document_ids_BT=document_ids(input_ids_BT, self._eos_id),
-            labels_BT=input_ids_BT,
-            category_B=torch.from_numpy(part.category_B),
-        )
+        read = self._begin(part, context, readers)
+
+        def end() -> MicroBatch:
+            input_ids_BT = read()
+            return MicroBatch(
+                input_ids_BT=input_ids_BT,
+                document_ids_BT=document_ids(input_ids_BT, self._eos_id),
+                labels_BT=input_ids_BT,
+                category_B=torch.from_numpy(part.category_B),
+            )
+
+        return end

@@ -220,8 +220,8 @@ def dry_run(
             ledger.watch(model)
             engine = FakeEngine(model, config, processes, ledger)
             resting = ledger.live_bytes
-            source: Any = None  # batches are made here
-            step = TrainingStep(engine, config, source, ranks)
+            batches: Any = None  # they are made here
+            step = TrainingStep(engine, config, batches, ranks)
             engine.train()
             for number in range(micro_steps):
                 if number == micro_steps - 1:

@@ -83,7 +83,13 @@ class Ours:
         model = initial_model(config, self.architecture, self.ranks)
         self._engine = build_engine(model, config, self.ranks)
         enter_training_stage(self._engine, config, 0, self.ranks.world)
-        self._step = TrainingStep(self._engine, config, self.source, self.ranks)
+        self._step = TrainingStep(
+            self._engine,
+            config,
+            # Not read ahead: that would compute during the peer's turn.
+            lambda step: self.source.rank_groups(step, self.ranks.rank, self.ranks.world),
+            self.ranks,
+        )
 
     @property
     def model(self) -> Any:

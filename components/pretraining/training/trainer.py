@@ -32,6 +32,7 @@ from components.pretraining.checkpoints.saving import Saver, find_newest
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import BatchSource
 from components.pretraining.data.curriculum import TrainingStageSpan
+from components.pretraining.data.prefetch import Prefetcher
 from components.pretraining.deepspeed.engine import build_engine, enter_training_stage, load_engine
 from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_step
 from components.pretraining.deepspeed.initial_model import initial_model
@@ -89,7 +90,12 @@ class Trainer:
         self._metrics_path = context.out / METRICS_NAME
         model = initial_model(config, self._architecture, ranks)
         self._engine = build_engine(model, config, ranks)
-        self._training = TrainingStep(self._engine, config, self._source, ranks)
+        self._batches = Prefetcher(
+            lambda step, readers: self._source.rank_groups(step, ranks.rank, ranks.world, readers),
+            self._curriculum.total_steps,
+            ranks.device,
+        )
+        self._training = TrainingStep(self._engine, config, self._batches.take, ranks)
         self._interval = Interval(self._training.layout)
         self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
         self._collectives = Collectives(ranks)
@@ -314,6 +320,7 @@ class Trainer:
             # 5) The last checkpoint may still be being sealed.
             self._saver.wait()
         finally:
+            self._batches.close()
             self._saver.settle()
         # 6) Steps that the guard dropped belong into the manifest.
         for skipped in self._guard.skipped:

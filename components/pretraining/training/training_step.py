@@ -1,4 +1,4 @@
-"""One optimizer step up to its gradients: ``TrainingStep(engine, config, source, ranks).gradients(step)``.
+"""One optimizer step up to its gradients: ``TrainingStep(engine, config, batches, ranks).gradients(step)``.
 
 What the optimizer then does with them, and whether, is the trainer's decision.
 """
@@ -6,7 +6,7 @@ What the optimizer then does with them, and whether, is the trainer's decision.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from components.pretraining.config import PretrainConfig
-from components.pretraining.data.batches import BatchSource, MicroBatch
+from components.pretraining.data.batches import MicroBatch
 from components.pretraining.processes.ranks import Ranks
 from components.pretraining.training.head_loss import fused_token_losses
 from components.pretraining.training.step_parts import part
@@ -50,12 +50,18 @@ class TrainingStep:
     Args:
         engine: DeepSpeed's, around the model.
         config: the recipe's part.
-        source: where batches come from.
+        batches: gives this process's micro-batches of a step, by load-balance group.
         ranks: this process's place.
     """
 
-    def __init__(self, engine: Any, config: PretrainConfig, source: BatchSource, ranks: Ranks) -> None:
-        self._engine, self._config, self._source, self._ranks = engine, config, source, ranks
+    def __init__(
+        self,
+        engine: Any,
+        config: PretrainConfig,
+        batches: Callable[[int], Sequence[Sequence[MicroBatch]]],
+        ranks: Ranks,
+    ) -> None:
+        self._engine, self._config, self._batches, self._ranks = engine, config, batches, ranks
         self.layout = Layout.of(engine.module.config)
         self._meter = StepMeter(self.layout, ranks)
         self._entropy = RouterEntropy(engine.module)
@@ -96,7 +102,7 @@ class TrainingStep:
         """Run step ``step``; a collective, after which every rank has the same sums."""
         began = time.perf_counter()
         with part("data"):
-            groups = self._source.rank_groups(step, self._ranks.rank, self._ranks.world)
+            groups = self._batches(step)
         waited_s = time.perf_counter() - began
         self._engine.train()
         self._meter.reset()
