@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -17,7 +18,9 @@ from components.corpus.shards import Shard, ShardError, TokenShards
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import BatchSource, MicroBatch
 from components.pretraining.data.prefetch import Prefetcher
+from components.pretraining.studies import data_wait
 from components.pretraining.training.training_step import TrainingStep
+from tests.corpus.sparse_shards import write_sparse
 from tests.pretraining.factory import BATCH, STAGE_STEPS, STEPS, run_config
 from tests.waiting import CEILING_S, wait_for
 
@@ -216,3 +219,20 @@ def test_a_pinned_batch_shares_its_labels(monkeypatch: pytest.MonkeyPatch) -> No
     assert calls == [id(ids), id(documents), id(categories)]
     assert pinned.labels_BT is pinned.input_ids_BT and pinned.input_ids_BT is not ids
     assert pinned.input_ids_BT.equal(ids) and pinned.category_B.equal(categories)
+
+
+def test_the_measuring_command_says_how_long_was_waited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of real batches of a preset; without any computing everything is waiting, and the figures say so."""
+    million = {"general": (2, 1_000_000, 1_000)}
+    folder = write_sparse(tmp_path / "tokens", {"train": million, "heldout": million})
+    options = [str(folder), "--steps", "3", "--compute-ms", "0", "--delay-ms", "1"]
+    assert data_wait.main(options) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["read"] for line in lines] == ["ahead", "when needed"]
+    for line in lines:
+        assert line["wait_share"] == line["waited_s"] / line["total_s"]
+    assert data_wait.main([str(tmp_path / "none")]) == 2
+    assert "index.json is missing" in capsys.readouterr().err
+    assert data_wait.main([*options, "--world", "7"]) == 2
