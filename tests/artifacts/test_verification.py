@@ -68,7 +68,7 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     return folder, write(folder, SIZES)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     name=st.sampled_from([n for n, size in SIZES.items() if size]),
     place=st.floats(0, 1),
