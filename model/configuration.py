@@ -199,11 +199,8 @@ class SmallThinkerConfig(PreTrainedConfig):
             raise ConfigError(
                 f"sliding_window_size is {self.sliding_window_size}; a windowed layer needs 2 or more."
             )
-        if type(self.router_lead) is not int or not 0 <= self.router_lead < self.num_hidden_layers:
-            raise ConfigError(
-                f"router_lead is {self.router_lead!r}; a whole number from 0 to {self.num_hidden_layers - 1} is "
-                "needed, below num_hidden_layers."
-            )
+        if type(self.router_lead) is not int or self.router_lead < 0:
+            raise ConfigError(f"router_lead is {self.router_lead!r}; a whole number from 0 on is needed.")
         if self.rope_scaling is not None:
             raise ConfigError(
                 f"rope_scaling is {self.rope_scaling}; SmallThinker uses unscaled RoPE: null is needed."

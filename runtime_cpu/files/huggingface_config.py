@@ -65,10 +65,10 @@ class ConfigReader:
             self._refuse(key, f"a whole number from 1 to {most} is needed")
         return int(value)
 
-    def lead(self, layers: int) -> int:
+    def lead(self) -> int:
         value = self._contents.get("router_lead", 0)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < layers:
-            self._refuse("router_lead", f"a whole number from 0 to {layers - 1} is needed")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_LAYERS:
+            self._refuse("router_lead", f"a whole number from 0 to {_MAX_LAYERS} is needed")
         return int(value)
 
     def number(self, key: str, value: Any) -> float:
@@ -171,7 +171,7 @@ class FolderConfig:
             rope_theta=reader.number("rope_theta", reader.rope_theta()),
             rms_norm_eps=reader.number("rms_norm_eps", contents.get("rms_norm_eps")),
             softmax=reader.switch("moe_primary_router_apply_softmax", False),
-            router_lead=reader.lead(layers),
+            router_lead=reader.lead(),
             tied=reader.switch("tie_word_embeddings", True),
             eos_ids=reader.ids("eos_token_id"),
         )

@@ -42,7 +42,7 @@ def test_the_router_reads_the_stream_as_it_entered_that_many_layers_earlier(lead
     assert len(read) == 4
 
 
-@pytest.mark.parametrize("lead", [1, 2, 3])
+@pytest.mark.parametrize("lead", [1, 2, 3, 9])  # the last: as 3
 def test_every_way_to_the_engine_gives_the_same_logits(lead: int, tmp_path: Path) -> None:
     model, folder = saved(tmp_path / "folder", lead)
     ids = token_ids(1, 40)
@@ -71,11 +71,11 @@ def test_without_a_lead_files_are_what_they_were(tmp_path: Path) -> None:
     assert not any("router_lead" in name for name in fields)
 
 
-@pytest.mark.parametrize("lead", [-1, 4, 1.5, "1", True])
+@pytest.mark.parametrize("lead", [-1, 1.5, "1", True])
 def test_an_impossible_lead_is_named(
     lead: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"router_lead is .*from 0 to 3"):
+    with pytest.raises(ValueError, match=r"router_lead is .*from 0 on"):
         tiny_config(router_lead=lead)
     _, folder = saved(tmp_path / "folder", 0)
     config = folder / "config.json"

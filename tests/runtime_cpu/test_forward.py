@@ -28,7 +28,7 @@ SHAPES = {
     "sigmoid, all experts": Shape(softmax=False, used=5, heads=7, kv_heads=1, tied=True),
     "router one layer ahead": Shape(router_lead=1, window=9, layers=6),
     "router two layers ahead": Shape(router_lead=2, softmax=False, layers=5, used=3),
-    "all routers at the start": Shape(router_lead=3),
+    "all routers at the start": Shape(router_lead=7),
     "one expert, wide heads": Shape(used=1, heads=2, kv_heads=2, head_dim=64, hidden=33, expert_hidden=7),
 }
 

@@ -1,6 +1,7 @@
 // Which experts the tokens of a batch use.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -42,7 +43,9 @@ class Router {
       : hyper_(hyper), scratch_(scratch), chunk_(chunk) {}
 
   // Choices that exist at once: of a layer and of those whose routers read the stream before it does.
-  static std::int64_t rooms(const Hyperparameters& hyper) { return hyper.router_lead + 1; }
+  static std::int64_t rooms(const Hyperparameters& hyper) {
+    return std::min(hyper.router_lead + 1, hyper.layers);
+  }
   // The layers [first, last) whose routers read the stream as it enters `layer`.
   struct Layers {
     std::int64_t first, last;

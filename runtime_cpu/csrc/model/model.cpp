@@ -66,7 +66,7 @@ Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::stri
   Hyperparameters hyper;
   hyper.layers = required(file, "block_count", 1, kMaxLayers);
   // Only a file of the other name has the key: readers that know nothing of it have to refuse such a file.
-  if (leads) hyper.router_lead = required(file, "router_lead", 1, hyper.layers - 1);
+  if (leads) hyper.router_lead = required(file, "router_lead", 1, kMaxLayers);
   if (!leads && file.integer(key("router_lead"), 0, kMaxLayers).value_or(0) != 0) {
     throw ModelFileError("the file has " + key("router_lead") + ", which goes with the architecture '" +
                          std::string(kLeadArchitecture) + "', and calls itself '" +

@@ -211,7 +211,7 @@ void failing_disk(std::int64_t router_lead) {
 }  // namespace
 
 void test_offload() {
-  for (const std::int64_t lead : {0, 1, 3}) from_disk_as_in_memory(lead);
+  for (const std::int64_t lead : {0, 1, 3, 5}) from_disk_as_in_memory(lead);
   known_choices_are_read_ahead();
   for (const std::int64_t lead : {0, 2}) failing_disk(lead);
   for (const bool tied : {false, true}) cut_off_file(tied);

@@ -240,8 +240,9 @@ void test_reader() {
     const std::string found = refusal(file.write());
     CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
   };
-  bad_lead("router_lead is 3; allowed is 1 to 2", [](Container& f) { set_u32(f, "router_lead", 3); });
-  bad_lead("router_lead is 0; allowed is 1 to 2", [](Container& f) { set_u32(f, "router_lead", 0); });
+  bad_lead("router_lead is 0; allowed is 1 to", [](Container& f) { set_u32(f, "router_lead", 0); });
+  bad_lead("router_lead is 4294967295; allowed is 1 to",
+           [](Container& f) { set_u32(f, "router_lead", 4294967295U); });
   bad_lead("has no smallthinker.router_lead", [](Container& f) { remove_value(f, "router_lead"); });
   bad_lead("calls itself 'smallthinker'", [](Container& f) {
     f.values.erase(f.values.begin());
