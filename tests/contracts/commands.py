@@ -32,6 +32,7 @@ COMMANDS = (
     "components.pretraining.long_context",
     "components.pretraining.replay",
     "components.pretraining.specialisation",
+    "components.pretraining.studies.router_lead",
     "runtime_cpu.bench",
     "runtime_cpu.chat",
     "runtime_cpu.head",
@@ -39,6 +40,7 @@ COMMANDS = (
     "runtime_cpu.logits",
     "runtime_cpu.pack",
     "runtime_cpu.perplexity",
+    "runtime_cpu.reads",
     "runtime_cpu.serve",
     "runtime_cpu.synth",
 )

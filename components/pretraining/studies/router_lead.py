@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from components.artifacts import StageContext, write_json
-from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
+from components.artifacts import PROJECT, StageContext, write_json
+from components.corpus.shards import HELD_OUT_SPLIT, TokenArray, TokenShards
 from components.measures.intervals import paired_interval_of_few
 from components.pretraining.config import PretrainConfig
 from components.pretraining.presets import PRESETS
-
-if TYPE_CHECKING:
-    from runtime_cpu import Engine
 
 _STAGE = "stage3"
 _SHARE = 3  # one expert of so many has room
@@ -75,53 +72,44 @@ def train(tokens: Path, out: Path, config: PretrainConfig) -> dict[str, float]:
     }
 
 
-def read_documents(tokens: Path, count: int) -> list[list[int]]:
+def read_documents(tokens: Path, count: int) -> list[TokenArray]:
     """The first held-out documents of at least 256 tokens, cut to that, in turn from every category."""
     shards = TokenShards.open(tokens)
-    found: list[list[int]] = []
+    found: list[TokenArray] = []
     streams = [shards.shard(HELD_OUT_SPLIT, name).documents() for name in shards.categories(HELD_OUT_SPLIT)]
     while streams and len(found) < count:
         stream = streams.pop(0)
         for document in stream:
             if len(document) >= _DOCUMENT_TOKENS:
-                found.append(document[:_DOCUMENT_TOKENS].tolist())
+                found.append(document[:_DOCUMENT_TOKENS])
                 streams.append(stream)
                 break
     return found[:count]
 
 
-def pack_model(folder: Path) -> Path:
-    """The model of a folder as the engine's packed file, beside it."""
-    from runtime_cpu.pack.__main__ import main as pack
-
-    packed = folder.with_suffix(".packed.gguf")
-    if not packed.is_file() and pack([str(folder), str(packed), "--type", "q4_0"]) != 0:
-        raise RuntimeError(f"{folder} could not be packed")
-    return packed
+def _engine(name: str, *arguments: str | Path) -> str:
+    """Standard output of an engine's command."""
+    command = [sys.executable, "-m", f"runtime_cpu.{name}", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=PROJECT).stdout
 
 
-def run_within_a_third(packed: Path, documents: Sequence[Sequence[int]], speculate: bool) -> dict[str, float]:
-    """Feed ``documents`` token by token to the engine with room for a third of the experts; figures per token."""
-    from runtime_cpu import Engine
-
-    settings: dict[str, Any] = {"threads": 2, "context": _DOCUMENT_TOKENS, "sessions": 1, "chunk_tokens": 1}
-    with Engine.open(packed, **settings) as engine:
-        room = engine.info.plan.experts // _SHARE
-    with Engine.open(packed, experts_in_memory=room, speculate=speculate, **settings) as engine:
-        return _per_token(engine, documents)
-
-
-def _per_token(engine: Engine, documents: Sequence[Sequence[int]]) -> dict[str, float]:
-    total = {"megabytes": 0.0, "missing_experts": 0.0, "wait_ms": 0.0, "ms": 0.0}
-    for document in documents:
-        engine.logits(document)
-        used = engine.stats
-        total["megabytes"] += used.bytes_read / 1e6
-        total["missing_experts"] += used.cache_misses
-        total["wait_ms"] += used.io_wait_s * 1e3
-        total["ms"] += used.prompt_s * 1e3
-    tokens = sum(map(len, documents))
-    return {name: value / tokens for name, value in total.items()}
+def run_within_a_third(folder: Path, ids: Path, speculate: bool) -> dict[str, float]:
+    """Feed token ids to the engine, with room for a third of the experts of a model's folder; figures per token."""
+    packed = folder.resolve().with_suffix(".packed.gguf")
+    if not packed.is_file():
+        _engine("pack", folder.resolve(), packed, "--type", "q4_0")
+    model = json.loads((folder / "config.json").read_text())
+    room = model["num_hidden_layers"] * model["moe_num_primary_experts"] // _SHARE
+    flags = [] if speculate else ["--no-speculate"]
+    used = json.loads(
+        _engine("reads", packed, ids, "--experts", str(room), "--window", str(_DOCUMENT_TOKENS), *flags)
+    )
+    return {
+        "megabytes": used["bytes_per_token"] / 1e6,
+        "missing_experts": used["missing_experts_per_token"],
+        "wait_ms": used["wait_s_per_token"] * 1e3,
+        "ms": used["s_per_token"] * 1e3,
+    }
 
 
 def table(results: dict[int, dict[int, dict[str, float]]]) -> str:
@@ -164,16 +152,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     leads = [int(lead) for lead in options.leads.split(",")]
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    documents = read_documents(options.tokens, options.documents)
+    options.out.mkdir(parents=True, exist_ok=True)
+    ids = (options.out / "documents.npy").resolve()
+    np.save(ids, np.concatenate(read_documents(options.tokens, options.documents)).astype(np.int32))
     results: dict[int, dict[int, dict[str, float]]] = {lead: {} for lead in leads}
     for seed in seeds:
         for lead in leads:
             folder = options.out / f"lead{lead}-seed{seed}"
             config = lead_config(lead, seed, options.layers, options.tokens_ratio)
             figures = train(options.tokens, folder, config)
-            packed = pack_model(folder / _STAGE)
             for name, speculate in (("guessing", True), ("plain", False)):
-                used = run_within_a_third(packed, documents, speculate)
+                used = run_within_a_third(folder / _STAGE, ids, speculate)
                 figures |= {f"{name}.{key}": value for key, value in used.items()}
             results[lead][seed] = figures
     write_json(options.out / "router_lead.json", results)
