@@ -55,7 +55,7 @@ _OFFICIAL_KEYS = (
     "output_router_logits",
 )
 # Ours; written only when set, so that an exported file holds official keys alone.
-_TRAINING_KEYS = ("load_balance_coef", "router_z_coef")
+_TRAINING_KEYS = ("load_balance_coef", "router_z_coef", "router_lead")
 
 
 class ConfigError(ValueError):
@@ -84,6 +84,9 @@ class SmallThinkerConfig(PreTrainedConfig):
         tie_word_embeddings: the output matrix is the embedding.
         load_balance_coef: weight of the load-balance loss in ``output.loss`` (ours, not official).
         router_z_coef: weight of the router's z-loss in it (ours, not official).
+        router_lead: the router of layer l reads the residual stream as it enters layer ``max(0, l - router_lead)``,
+            so that an engine knows a layer's experts that many layers ahead (ours; 0 is the released architecture,
+            whose code computes another function of the same weights).
 
     Raises:
         ConfigError: a value is impossible or two values contradict each other.
@@ -127,6 +130,7 @@ class SmallThinkerConfig(PreTrainedConfig):
     output_router_logits: bool = False
     load_balance_coef: float = 0.0
     router_z_coef: float = 0.0
+    router_lead: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in _IGNORED_KEYS:
@@ -195,6 +199,8 @@ class SmallThinkerConfig(PreTrainedConfig):
             raise ConfigError(
                 f"sliding_window_size is {self.sliding_window_size}; a windowed layer needs 2 or more."
             )
+        if type(self.router_lead) is not int or self.router_lead < 0:
+            raise ConfigError(f"router_lead is {self.router_lead!r}; a whole number from 0 on is needed.")
         if self.rope_scaling is not None:
             raise ConfigError(
                 f"rope_scaling is {self.rope_scaling}; SmallThinker uses unscaled RoPE: null is needed."

@@ -2,7 +2,8 @@
 
 One layer, with x the residual stream (arXiv 2507.20984 section 2):
 ``routing = router(x)``; ``y = x + attention(norm(x))``; ``x' = y + experts(norm(y), routing)``.
-The router reads the *raw* x, before any norm, so that an engine can fetch experts while attention runs.
+The router reads the *raw* x, before any norm, so that an engine can fetch experts while attention runs. With
+``router_lead`` > 0 it reads the x of that many layers earlier, so that the engine knows further ahead what to fetch.
 
 Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 """
@@ -11,6 +12,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,11 +144,12 @@ class SmallThinkerDecoderLayer(GradientCheckpointingLayer):
         mask: LayerMask,
         valid_T: Tensor | None,
         past_key_values: Cache | None = None,
+        routed_BTD: Tensor | None = None,
     ) -> LayerOutput:
-        """``[B, T, D]`` in, ``[B, T, D]`` and the router's figures out."""
+        """``[B, T, D]`` in, ``[B, T, D]`` and the router's figures out; the router reads ``routed_BTD`` if given."""
         moe = self.block_sparse_moe
         valid_T = None if torch.compiler.is_exporting() else valid_T
-        routing = moe.primary_router(x_BTD.flatten(0, 1))
+        routing = moe.primary_router((x_BTD if routed_BTD is None else routed_BTD).flatten(0, 1))
         y_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, past_key_values)
         m_TD = self.post_attention_layernorm(y_BTD).flatten(0, 1)
         out_TD, active_E = moe.experts(m_TD, routing.weights_TK, routing.experts_TK, valid_T)
@@ -289,12 +292,20 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         cos, sin = self.rotary_emb(position_ids, x_BTD.dtype)
         hidden_states = []
         outputs = []
+        entering: deque[Tensor] = deque(maxlen=self.config.router_lead + 1)  # of this layer and those before
         for module in self.layers:
             layer = cast(SmallThinkerDecoderLayer, module)
+            entering.append(x_BTD)
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             output = layer(
-                x_BTD, cos, sin, masks[layer.self_attn.is_windowed], valid_T, past_key_values=cache
+                x_BTD,
+                cos,
+                sin,
+                masks[layer.self_attn.is_windowed],
+                valid_T,
+                past_key_values=cache,
+                routed_BTD=entering[0],
             )
             output = LayerOutput(*output)
             x_BTD = output.x_BTD

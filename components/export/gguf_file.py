@@ -27,6 +27,8 @@ from model import OfficialCheckpoint, SmallThinkerConfig
 from model.checkpoint import parameter_shapes
 
 ARCHITECTURE = "smallthinker"
+# With a router lead: readers that do not know it have to refuse the file, whose keys keep the prefix above.
+_LEAD_ARCHITECTURE = f"{ARCHITECTURE}-lead"
 # llama.cpp ignores the file's window and uses this one; see spec of its smallthinker loader.
 LLAMA_CPP_WINDOW = 4096
 _SOFTMAX, _SIGMOID = 1, 2
@@ -158,6 +160,8 @@ def _write_metadata(
         _SOFTMAX if config.moe_primary_router_apply_softmax else _SIGMOID,
     )
     writer.add_vocab_size(config.vocab_size)
+    if config.router_lead:
+        writer.add_uint32(f"{ARCHITECTURE}.router_lead", config.router_lead)
     if any(config.sliding_window_layout):
         writer.add_sliding_window(config.sliding_window_size)
     writer.add_array(f"{ARCHITECTURE}.rope_layout", config.rope_layout)
@@ -204,7 +208,8 @@ def write_gguf(
     partial = {kind: path.with_name(f".{path.name}.partial") for kind, path in paths.items()}
     for kind, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial[kind], ARCHITECTURE)
+        writer = GGUFWriter(partial[kind], _LEAD_ARCHITECTURE if config.router_lead else ARCHITECTURE)
+        writer.arch = ARCHITECTURE
         _write_metadata(writer, config, name, kind, vocabulary, stats)
         for parameter, shape in parameter_shapes(config).items():
             names = gguf_names(parameter)
@@ -288,9 +293,10 @@ class GGUFModel:
         self.metadata: dict[str, Any] = {
             key: field.contents() for key, field in self._reader.fields.items() if not key.startswith("GGUF.")
         }
-        if self.metadata.get("general.architecture") != ARCHITECTURE:
+        if self.metadata.get("general.architecture") not in (ARCHITECTURE, _LEAD_ARCHITECTURE):
             raise StageError(
-                f"{path} holds {self.metadata.get('general.architecture')!r}, not {ARCHITECTURE!r}."
+                f"{path} holds {self.metadata.get('general.architecture')!r}, not {ARCHITECTURE!r} or "
+                f"{_LEAD_ARCHITECTURE!r}."
             )
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
@@ -318,6 +324,7 @@ class GGUFModel:
             moe_num_primary_experts=get("expert_count"),
             moe_num_active_primary_experts=get("expert_used_count"),
             moe_primary_router_apply_softmax=get("expert_gating_func") == _SOFTMAX,
+            router_lead=get("router_lead", needed=False) or 0,
             rope_layout=get("rope_layout", needed=False) or (stock if window is not None else [1] * layers),
             sliding_window_layout=get("sliding_window_layout", needed=False) or stock,
             sliding_window_size=window or LLAMA_CPP_WINDOW,

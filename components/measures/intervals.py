@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 _BOOTSTRAP_SAMPLES = 1000
@@ -57,6 +58,24 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     mean = math.fsum(differences) / n
     variance = math.fsum((d - mean) ** 2 for d in differences) / max(1, n - 1)
     half = _Z95 * math.sqrt(variance / n)
+    return mean, mean - half, mean + half
+
+
+def paired_interval_of_few(values: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of ``values - base``, and its 95 % interval by Student's t: for a handful of seeds in pairs.
+
+    With one pair the interval is unbounded.
+
+    Raises:
+        ValueError: the two are not of one length, or empty.
+    """
+    if len(values) != len(base) or not values:
+        raise ValueError(f"{len(values)} values and {len(base)} to compare them with are no pairs")
+    differences = np.subtract(values, base)
+    mean = float(differences.mean())
+    if len(differences) == 1:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences))
     return mean, mean - half, mean + half
 
 

@@ -109,6 +109,7 @@ def inspect(
                     "rope_theta",
                     "rms_epsilon",
                     "router",
+                    "router_lead",
                     "tied_embeddings",
                     "rope_layout",
                     "sliding_window_layout",

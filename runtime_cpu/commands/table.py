@@ -35,6 +35,7 @@ COMMANDS = {
     "perplexity": Command("runtime_cpu.commands.perplexity", "how well a model predicts a text"),
     "head": Command("runtime_cpu.commands.head", "what a predicted head loses on a text"),
     "logits": Command("runtime_cpu.commands.logits", "the logits of given tokens, as a .npy file"),
+    "reads": Command("runtime_cpu.commands.reads", "what reading experts from the file costs on a text"),
     "synth": Command(
         "runtime_cpu.synth.__main__", "a file of random weights that behaves like a trained model"
     ),

@@ -88,6 +88,7 @@ class Engine(ClosedAtExit):
         policy: str | None = None,
         speculate: bool = True,
         head: str = "exact",
+        experts_in_memory: int | None = None,
     ) -> Engine:
         """Map a GGUF file and prepare to run it.
 
@@ -110,6 +111,7 @@ class Engine(ClosedAtExit):
             speculate: read what the next layers will probably want, as far as such guesses have been right.
             head: ``"exact"``, or ``"predictor"``: of the output matrix only the rows that the file's predictor names
                 are computed, and the other logits are minus infinity. Faster, and it can lose tokens.
+            experts_in_memory: of all layers together, instead of as many as ``memory`` allows; for studies of reading.
 
         Raises:
             FileNotFoundError: no such file, or a folder: a checkpoint's has to be packed first.
@@ -126,6 +128,8 @@ class Engine(ClosedAtExit):
         budget = None if memory is None else parse_bytes(memory)
         if sessions is not None:
             sessions = whole_number("sessions", sessions, 1, MAX_SESSIONS)
+        if experts_in_memory is not None and memory is not None:
+            raise ValueError("memory and experts_in_memory cannot both be given: the one decides the other")
 
         model = _core.Model.open(str(file))
         for message in model.warnings:
@@ -134,7 +138,10 @@ class Engine(ClosedAtExit):
         if context is not None:
             context = whole_number("context", context, 1, model.context_length)
         tokenizer = None if budget is None else preload(model)
-        planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head)
+        if experts_in_memory is not None:
+            every = model.layers * model.experts
+            whole_number("experts_in_memory", experts_in_memory, model.experts_per_token, every)
+        planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head, experts_in_memory)
         context, sessions, plan = planner.fit(context, sessions)
         _log.info("%s: memory %s", file.name, plan)
         runtime = _core.Runtime(
@@ -144,7 +151,13 @@ class Engine(ClosedAtExit):
             kv_type=kv_type,
             kernels=kernels,
             chunk_tokens=chunk_tokens,
-            expert_cache_bytes=plan.expert_bytes if plan.offloads else 0,
+            expert_cache_bytes=(
+                0
+                if not plan.offloads
+                else plan.expert_bytes
+                if experts_in_memory is None
+                else experts_in_memory * model.expert_bytes
+            ),
             reader=reader,
             policy=policy or "",
             speculate=speculate,

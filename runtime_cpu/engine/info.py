@@ -19,7 +19,7 @@ class ModelInfo:
         window: keys that a windowed layer sees (0: no such layer).
         rope_layout: 1 where the layer rotates.
         sliding_window_layout: 1 where the layer is windowed.
-        router: ``"softmax"`` or ``"sigmoid"``.
+        router: ``"softmax"`` or ``"sigmoid"``; ``router_lead``: layers between the stream that it reads and its own.
         file_type: the storage type of most weights; ``parameters`` counts every stored weight once.
         kv_type: ``"f32"``, ``"f16"`` or ``"q8"``; ``kernels``: ``"reference"``, ``"avx2"``, …
         head: ``"exact"`` or ``"predictor"``; ``head_predictor``: that of the file, whether in use or not.
@@ -44,6 +44,7 @@ class ModelInfo:
     rope_theta: float
     rms_epsilon: float
     router: str
+    router_lead: int
     tied_embeddings: bool
     file_type: str
     file_bytes: int
@@ -94,6 +95,7 @@ class ModelInfo:
             rope_theta=model.rope_theta,
             rms_epsilon=model.rms_epsilon,
             router=model.router,
+            router_lead=model.router_lead,
             tied_embeddings=model.tied_embeddings,
             file_type=model.file_type,
             file_bytes=model.file_bytes,

@@ -65,6 +65,12 @@ class ConfigReader:
             self._refuse(key, f"a whole number from 1 to {most} is needed")
         return int(value)
 
+    def lead(self) -> int:
+        value = self._contents.get("router_lead", 0)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_LAYERS:
+            self._refuse("router_lead", f"a whole number from 0 to {_MAX_LAYERS} is needed")
+        return int(value)
+
     def number(self, key: str, value: Any) -> float:
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -128,6 +134,7 @@ class FolderConfig:
     rope_theta: float
     rms_norm_eps: float
     softmax: bool
+    router_lead: int
     tied: bool
     eos_ids: tuple[int, ...]
 
@@ -164,6 +171,7 @@ class FolderConfig:
             rope_theta=reader.number("rope_theta", reader.rope_theta()),
             rms_norm_eps=reader.number("rms_norm_eps", contents.get("rms_norm_eps")),
             softmax=reader.switch("moe_primary_router_apply_softmax", False),
+            router_lead=reader.lead(),
             tied=reader.switch("tie_word_embeddings", True),
             eos_ids=reader.ids("eos_token_id"),
         )
@@ -185,7 +193,8 @@ class FolderConfig:
         """The model's keys, in the order in which the exporter writes them."""
         u32, f32 = np.uint32, np.float32
         result: dict[str, Value] = {
-            "general.architecture": "smallthinker",
+            # Readers that do not know the lead have to refuse such a file.
+            "general.architecture": "smallthinker-lead" if self.router_lead else "smallthinker",
             "general.name": name,
             "general.file_type": u32(file_type),
             "general.quantization_version": u32(2),
@@ -207,6 +216,8 @@ class FolderConfig:
             f"{_PREFIX}expert_gating_func": u32(_SOFTMAX if self.softmax else _SIGMOID),
             f"{_PREFIX}vocab_size": u32(self.vocab_size),
         }
+        if self.router_lead:
+            result[f"{_PREFIX}router_lead"] = u32(self.router_lead)
         if any(self.sliding_window_layout):
             result[f"{_PREFIX}attention.sliding_window"] = u32(self.sliding_window_size)
         result[f"{_PREFIX}rope_layout"] = np.asarray(self.rope_layout, np.int32)

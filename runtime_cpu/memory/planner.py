@@ -46,7 +46,9 @@ class Planner:
         kernels: str,
         budget: int | None,
         head: str = "exact",
+        experts_in_memory: int | None = None,
     ) -> None:
+        self._slots = experts_in_memory
         self._predict_head = head == "predictor"
         self._model = model
         self._budget = budget
@@ -92,7 +94,7 @@ class Planner:
         whole = self._model.context_length
         if self._budget is None:
             context, sessions = context or whole, sessions or DEFAULT_SESSIONS
-            return context, sessions, self.plan(context, sessions)
+            return context, sessions, self.plan(context, sessions, self._slots)
         session_choices = [sessions] if sessions else list(range(DEFAULT_SESSIONS, 0, -1))
         least = session_choices[-1]
         steps = range((whole - 1) // _CONTEXT_STEP * _CONTEXT_STEP, 0, -_CONTEXT_STEP)

@@ -33,6 +33,7 @@ COMMANDS = (
     "components.pretraining.replay",
     "components.pretraining.specialisation",
     "components.pretraining.studies.data_wait",
+    "components.pretraining.studies.router_lead",
     "runtime_cpu.bench",
     "runtime_cpu.chat",
     "runtime_cpu.head",
@@ -40,6 +41,7 @@ COMMANDS = (
     "runtime_cpu.logits",
     "runtime_cpu.pack",
     "runtime_cpu.perplexity",
+    "runtime_cpu.reads",
     "runtime_cpu.serve",
     "runtime_cpu.synth",
 )

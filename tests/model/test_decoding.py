@@ -28,9 +28,16 @@ def test_step_by_step_equals_the_full_forward(name: str) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(1, 13), min_size=1, max_size=6), st.integers(2, 12), st.integers(0, 3))
-def test_any_split_into_chunks_gives_the_same_logits(chunks: list[int], window: int, seed: int) -> None:
-    model = tiny(seed=seed, sliding_window_size=window)
+@given(
+    st.lists(st.integers(1, 13), min_size=1, max_size=6),
+    st.integers(2, 12),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+def test_any_split_into_chunks_gives_the_same_logits(
+    chunks: list[int], window: int, seed: int, lead: int
+) -> None:
+    model = tiny(seed=seed, sliding_window_size=window, router_lead=lead)
     ids = token_ids(2, sum(chunks), seed=seed)
     with torch.no_grad():
         expected = model(ids).logits

@@ -148,8 +148,9 @@ def test_padding_rows_keeps_order_and_experts(sizes: list[int]) -> None:
     assert slots.tolist() == expected
 
 
-def test_gradient_checkpointing_changes_nothing_and_counts_once() -> None:
-    model = tiny(load_balance_coef=0.1).train()
+@pytest.mark.parametrize("lead", [0, 2])
+def test_gradient_checkpointing_changes_nothing_and_counts_once(lead: int) -> None:
+    model = tiny(load_balance_coef=0.1, router_lead=lead).train()
     ids = token_ids(2, 19)
     model(ids, labels=ids).loss.backward()
     expected, counts = gradients(model), model.balance.counts.clone()

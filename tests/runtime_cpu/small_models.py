@@ -33,6 +33,7 @@ class Shape:
     tied: bool = False
     rope: tuple[int, ...] | None = None
     windowed: tuple[int, ...] | None = None
+    router_lead: int = 0
 
 
 def random_weights(shape: Shape, seed: int = 0) -> dict[str, NDArray[np.float32]]:
@@ -71,7 +72,10 @@ def write_model(
     path: Path, shape: Shape, weights: dict[str, NDArray[np.float32]], kind: str = "F32", gating: bool = True
 ) -> Path:
     """Write ``path`` with every matrix stored as ``kind`` (norms and routers stay F32)."""
-    writer = gguf.GGUFWriter(path, "smallthinker")
+    writer = gguf.GGUFWriter(path, "smallthinker-lead" if shape.router_lead else "smallthinker")
+    writer.arch = "smallthinker"
+    if shape.router_lead:
+        writer.add_uint32("smallthinker.router_lead", shape.router_lead)
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
     writer.add_embedding_length(shape.hidden)
@@ -142,7 +146,9 @@ def reference_logits(
 
     distance = position[:, None] - position[None, :]
     x = w["token_embd.weight"][ids]
+    entering = []
     for i in range(shape.layers):
+        entering.append(x)
         block = {name.split(".")[2]: w[name] for name in w if name.startswith(f"blk.{i}.")}
         normed = _norm(x, block["attn_norm"], shape.epsilon)
         q = (normed @ block["attn_q"].T).reshape(count, shape.heads, h)
@@ -161,7 +167,8 @@ def reference_logits(
         attention = np.einsum("nqk,knh->qnh", p, np.repeat(v, groups, 1)).reshape(count, -1)
         y = x + attention @ block["attn_output"].T
         m = _norm(y, block["ffn_norm"], shape.epsilon)
-        logits = {"raw": x, "normed": normed, "late": y}[router_reads] @ block["ffn_gate_inp"].T
+        raw = entering[max(0, i - shape.router_lead)]
+        logits = {"raw": raw, "normed": normed, "late": y}[router_reads] @ block["ffn_gate_inp"].T
         x = y.copy()
         for t in range(count):
             chosen = np.sort(np.argsort(-logits[t], kind="stable")[: shape.used])

@@ -26,6 +26,9 @@ SHAPES = {
     "own layouts": Shape(window=13, rope=(1, 0, 0, 1), windowed=(0, 1, 0, 1), tied=True),
     "window of one": Shape(window=1, rope=(1, 1, 1, 1), windowed=(1, 1, 0, 1)),
     "sigmoid, all experts": Shape(softmax=False, used=5, heads=7, kv_heads=1, tied=True),
+    "router one layer ahead": Shape(router_lead=1, window=9, layers=6),
+    "router two layers ahead": Shape(router_lead=2, softmax=False, layers=5, used=3),
+    "all routers at the start": Shape(router_lead=7),
     "one expert, wide heads": Shape(used=1, heads=2, kv_heads=2, head_dim=64, hidden=33, expert_hidden=7),
 }
 
@@ -84,6 +87,7 @@ def test_wrong_variants_are_far_away() -> None:
         reference_logits(shape, weights, ids, rope=(0, 1, 1, 1)),
         reference_logits(shape, weights, ids, windowed=(0, 1, 1, 1)),
         reference_logits(dataclasses.replace(shape, softmax=False), weights, ids),
+        *(reference_logits(dataclasses.replace(shape, router_lead=lead), weights, ids) for lead in (1, 2, 3)),
     ):
         assert relative(wrong, exact) > 1e-2
 

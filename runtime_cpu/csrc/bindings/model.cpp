@@ -109,6 +109,7 @@ void add_model(nb::module_& m) {
           [](const PyModel& s) {
             return std::string(s.model->hyper.router == RouterKind::kSoftmax ? "softmax" : "sigmoid");
           })
+      .def_prop_ro("router_lead", [](const PyModel& s) { return s.model->hyper.router_lead; })
       .def_prop_ro("tied_embeddings", [](const PyModel& s) { return s.model->tied; })
       .def_prop_ro("rope_layout", [](const PyModel& s) { return layout(s.model->hyper.rope); })
       .def_prop_ro("sliding_window_layout", [](const PyModel& s) { return layout(s.model->hyper.windowed); })

@@ -34,6 +34,7 @@ std::size_t ExpertForecast::bytes(const Hyperparameters& hyper) {
 ExpertForecast::ExpertForecast(const Hyperparameters& hyper, std::span<const Linear* const> routers)
     : experts_(hyper.experts),
       used_(hyper.experts_per_token),
+      first_(hyper.router_lead),
       memory_(bytes(hyper)),
       logits_(static_cast<std::size_t>(kReach * experts_)),
       records_(static_cast<std::size_t>(kReach * used_)),
@@ -58,7 +59,7 @@ ExpertForecast::ExpertForecast(const Hyperparameters& hyper, std::span<const Lin
 }
 
 void ExpertForecast::learn(std::int64_t layer, std::span<const std::int32_t> chosen) {
-  if (layer == 0) {
+  if (layer == first_) {
     for (std::vector<Pending>& guesses : pending_) guesses.clear();
   }
   std::vector<Pending>& guesses = pending_[static_cast<std::size_t>(layer)];

@@ -39,7 +39,8 @@ class ExpertForecast {
   // [experts], of the layer that many further on.
   float* logits(std::int64_t distance) { return logits_.data() + (distance - 1) * experts_; }
 
-  // The experts that a layer chose. Layer 0 begins a pass: guesses of the one before are dropped.
+  // The experts that a layer chose. The first that could be guessed begins a pass: guesses of the one before
+  // are dropped.
   void learn(std::int64_t layer, std::span<const std::int32_t> chosen);
   // From logits(distance): what the layer `distance` after `layer` will choose and for which `in_memory` is
   // false, most probable first. Valid until the next call.
@@ -57,7 +58,8 @@ class ExpertForecast {
   };
 
   std::int64_t experts_;
-  std::int64_t used_;  // per token
+  std::int64_t used_;   // per token
+  std::int64_t first_;  // layer; those before it choose at the same time
   std::vector<std::byte> memory_;
   std::vector<TileMatrix> routers_;
   std::vector<float> logits_;                  // [kReach][experts]

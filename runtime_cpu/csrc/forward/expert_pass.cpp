@@ -31,8 +31,9 @@ NeuronCounts ExpertPass::run(std::int64_t index, const Routing& routing, Product
       pieces.push_back({e, begin, end, routing.first_slot(e), routing.slot_count(e)});
     }
   }
-  compute_.pool.run(static_cast<std::int64_t>(pieces.size()),
-                    [&](std::int64_t i, int) { gate_and_up(layer, pieces[static_cast<std::size_t>(i)]); });
+  compute_.pool.run(static_cast<std::int64_t>(pieces.size()), [&](std::int64_t i, int) {
+    gate_and_up(layer, routing, pieces[static_cast<std::size_t>(i)]);
+  });
 
   if (traits_of(layer.down.type).quantised) {
     compute_.each_row(routing.all_slots(),
@@ -54,10 +55,10 @@ NeuronCounts ExpertPass::run(std::int64_t index, const Routing& routing, Product
 }
 
 // relu(gate) * up, to the hidden buffer. With a single token the up rows of silent neurons are not read.
-void ExpertPass::gate_and_up(const Layer& layer, RowPiece& piece) const {
+void ExpertPass::gate_and_up(const Layer& layer, const Routing& routing, RowPiece& piece) const {
   const Kernels& kernels = compute_.kernels;
   const std::int64_t stride = scratch_.hidden.stride;
-  const Activations x = scratch_.normed.view(scratch_.slot_tokens + piece.first_slot);
+  const Activations x = scratch_.normed.view(routing.slot_tokens + piece.first_slot);
   float* const gates = scratch_.hidden.f32 + piece.first_slot * stride + piece.begin;  // [tokens][stride]
   float* const ups = scratch_.up + piece.first_slot * stride + piece.begin;            // [tokens][stride]
   kernels.matmul(layer.gate, piece.expert, piece.begin, piece.end, x, piece.tokens, gates, stride);
@@ -164,7 +165,7 @@ std::uint64_t ExpertPass::split_slots(std::int64_t layer, std::span<const std::i
     }
   }
   const std::uint64_t active = run_pieces(pieces, [&](PackedPiece& piece, int thread) {
-    const Activations x = s.normed.view(s.slot_tokens + piece.first_slot);
+    const Activations x = s.normed.view(routing.slot_tokens + piece.first_slot);
     float* gates = s.thread_gates + thread * kTokenBlock * slices.neurons();
     float* out = s.partial + (piece.first_slot * slices.count + piece.slice) * padded;
     std::fill_n(out, padded, 0.0F);
@@ -212,7 +213,7 @@ std::uint64_t ExpertPass::token_blocks(std::int64_t layer, std::span<const std::
       pieces.push_back({e, routing.first_slot(e) + first, std::min(kTokenBlock, count - first)});
   }
   return run_pieces(pieces, [&](PackedPiece& piece, int thread) {
-    const Activations x = s.normed.view(s.slot_tokens + piece.first_slot);
+    const Activations x = s.normed.view(routing.slot_tokens + piece.first_slot);
     float* gates = s.thread_gates + thread * kTokenBlock * slices.neurons();
     float* part = s.thread_sums + thread * padded;
     weights_.experts->gate(layer,

@@ -53,7 +53,7 @@ class ExpertPass {
   struct RowPiece;
   struct PackedPiece;
 
-  void gate_and_up(const Layer& layer, RowPiece& piece) const;
+  void gate_and_up(const Layer& layer, const Routing& routing, RowPiece& piece) const;
   std::uint64_t split_slots(std::int64_t layer, std::span<const std::int32_t> experts,
                             const Routing& routing) const;
   std::uint64_t token_blocks(std::int64_t layer, std::span<const std::int32_t> experts,

@@ -3,6 +3,19 @@
 #include <algorithm>
 
 namespace smallthinker {
+namespace {
+
+// Ascending.
+std::vector<std::int32_t> used_experts(const Routing& routing) {
+  std::vector<std::int32_t> used;
+  used.reserve(static_cast<std::size_t>(std::min(routing.experts, routing.all_slots())));
+  for (std::int32_t e = 0; e < routing.experts; ++e) {
+    if (routing.slot_count(e) > 0) used.push_back(e);
+  }
+  return used;
+}
+
+}  // namespace
 
 void request_experts(ExpertStore& store, std::int64_t layer, std::span<const std::int32_t> experts,
                      const Routing& routing) {
@@ -23,17 +36,18 @@ ExpertReads::ExpertReads(const Hyperparameters& hyper, const Weights& weights, b
 
 ExpertDemand ExpertReads::request(std::int64_t layer, const Routing& routing) {
   ExpertDemand demand;
-  demand.experts.reserve(static_cast<std::size_t>(std::min(hyper_.experts, routing.all_slots())));
-  for (std::int32_t e = 0; e < hyper_.experts; ++e) {
-    if (routing.slot_count(e) > 0) demand.experts.push_back(e);
-  }
+  demand.experts = used_experts(routing);
   demand.requested = static_cast<std::int64_t>(demand.experts.size()) <= store_.request_limit();
   if (!demand.requested) return demand;
   request_experts(store_, layer, demand.experts, routing);
   // A prompt uses nearly all experts of every layer, so the next layer will want these experts too.
-  if (routing.all_slots() >= 2 * hyper_.experts && layer + 1 < hyper_.layers)
-    store_.speculate(layer + 1, demand.experts);
+  const bool unknown = hyper_.router_lead == 0 && layer + 1 < hyper_.layers;
+  if (unknown && routing.all_slots() >= 2 * hyper_.experts) store_.speculate(layer + 1, demand.experts);
   return demand;
+}
+
+void ExpertReads::read_known(std::int64_t layer, const Routing& routing) {
+  store_.speculate(layer, used_experts(routing));
 }
 
 void ExpertReads::add_forecast(std::int64_t layer, const Activations& x, Products& products) {

@@ -34,10 +34,13 @@ class ExpertReads {
   // The demand of a layer, requested from the store if that has room for all of it.
   ExpertDemand request(std::int64_t layer, const Routing& routing);
 
+  // Begins to read, as far as there is room, what a later layer's router has chosen already.
+  void read_known(std::int64_t layer, const Routing& routing);
+
   // Whether the routers of the next layers are worth asking for a batch of so many tokens.
   bool forecasts(std::int64_t tokens) const { return forecast_ != nullptr && tokens == 1; }
-  // Their logits from the residual stream x [1][hidden] as it enters the layer. The router reads the stream
-  // itself, before the norm and before attention, so later layers' routers already nearly know their choice.
+  // Their logits from the residual stream x [1][hidden] that the router of `layer` reads. Routers read the
+  // stream itself, before the norm and before attention, so later layers' already nearly know their choice.
   void add_forecast(std::int64_t layer, const Activations& x, Products& products);
   // Once they are computed, and the layer's own choice is known: begins to read what they name.
   void read_ahead(std::int64_t layer, const Routing& routing);

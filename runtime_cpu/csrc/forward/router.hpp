@@ -1,6 +1,7 @@
 // Which experts the tokens of a batch use.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -11,8 +12,8 @@
 
 namespace smallthinker {
 
-// A layer's choice, in the scratch memory until the next choice. A slot is one (token, expert) pair; slots
-// are sorted by expert, then by token.
+// A layer's choice, in the scratch memory until the choice of the layer `rooms` further on. A slot is one
+// (token, expert) pair; slots are sorted by expert, then by token.
 struct Routing {
   std::int64_t tokens = 0;
   std::int64_t experts = 0;
@@ -38,19 +39,35 @@ struct Routing {
 
 class Router {
  public:
-  Router(const Hyperparameters& hyper, const Scratch& scratch) : hyper_(hyper), scratch_(scratch) {}
+  Router(const Hyperparameters& hyper, const Scratch& scratch, std::int64_t chunk)
+      : hyper_(hyper), scratch_(scratch), chunk_(chunk) {}
 
-  // The logits from the residual stream x; `matrix` [experts][hidden].
-  void add_product(const Linear& matrix, std::int64_t tokens, Products& products) const;
+  // Choices that exist at once: of a layer and of those whose routers read the stream before it does.
+  static std::int64_t rooms(const Hyperparameters& hyper) {
+    return std::min(hyper.router_lead + 1, hyper.layers);
+  }
+  // The layers [first, last) whose routers read the stream as it enters `layer`.
+  struct Layers {
+    std::int64_t first, last;
+  };
+  Layers reading(std::int64_t layer) const;
+
+  // A layer's logits from the residual stream x; `matrix` [experts][hidden].
+  void add_product(std::int64_t layer, const Linear& matrix, std::int64_t tokens, Products& products) const;
   // Once they are computed: the k greatest logits of every token (the lower index among equals), weighted by
   // the model's function over the chosen logits only.
-  Routing choose(std::int64_t tokens) const;
+  Routing choose(std::int64_t layer, std::int64_t tokens) const;
 
  private:
+  float* logits(std::int64_t layer) const {
+    return scratch_.router_logits + room(layer) * chunk_ * hyper_.experts;
+  }
+  std::int64_t room(std::int64_t layer) const { return layer % rooms(hyper_); }
   void choose_of_token(const float* logits, std::int32_t* ids, float* weights) const;
 
   const Hyperparameters& hyper_;
   const Scratch& scratch_;
+  std::int64_t chunk_;
 };
 
 }  // namespace smallthinker

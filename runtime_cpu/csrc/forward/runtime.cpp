@@ -45,7 +45,8 @@ Runtime::Runtime(std::shared_ptr<const Model> model, const RuntimeOptions& optio
       weights_(model_, compute_.kernels, compute_.pool, options.experts, options.predict_head),
       scratch_{},
       products_(compute_),
-      router_(model_->hyper, scratch_),
+      router_(model_->hyper, scratch_, chunk_),
+      routings_(static_cast<std::size_t>(Router::rooms(model_->hyper))),
       attention_(model_->hyper, layout_, compute_, scratch_),
       expert_pass_(*model_, weights_, compute_, scratch_),
       head_(*model_, weights_, compute_, scratch_) {
@@ -167,30 +168,40 @@ NeuronCounts Runtime::run_layer(std::int64_t index, std::span<const BatchRow> ro
   const auto tokens = static_cast<std::int64_t>(rows.size());
   const Scratch& s = scratch_;
   const bool offloads = weights_.experts != nullptr && weights_.experts->offloads();
-  const bool forecasts = expert_reads_ && expert_reads_->forecasts(tokens);
+  const Router::Layers reading = router_.reading(index);
+  const bool forecasts = expert_reads_ && expert_reads_->forecasts(tokens) && reading.last > reading.first;
 
   compute_.each_row(tokens, [&](std::int64_t i) {
     normalise(layer.attention_norm, i);
     if (weights.router.quantised() || forecasts) compute_.quantise(s.x.from(i));
   });
 
-  // The router reads the residual stream itself, before the norm and before attention. With experts on disk
-  // it goes first, so that they are read during attention; else its product shares a step with the
-  // projections.
-  Routing routing;
+  // The router reads the residual stream itself, before the norm and before attention; with a lead it is that
+  // of a later layer. With experts on disk it goes first, so that they are read during attention; else its
+  // product shares a step with the projections.
+  const auto choose = [&] {
+    for (std::int64_t later = reading.first; later < reading.last; ++later)
+      routing_of(later) = router_.choose(later, tokens);
+  };
+  const Routing& routing = routing_of(index);
   ExpertDemand demand;
-  router_.add_product(weights.router, tokens, products_);
+  for (std::int64_t later = reading.first; later < reading.last; ++later)
+    router_.add_product(later, weights_.layers[static_cast<std::size_t>(later)].router, tokens, products_);
   if (offloads) {
-    if (forecasts) expert_reads_->add_forecast(index, s.x.view(), products_);
+    const std::int64_t latest = reading.last - 1;
+    if (forecasts) expert_reads_->add_forecast(latest, s.x.view(), products_);
     products_.run();
-    routing = router_.choose(tokens);
+    choose();
     demand = expert_reads_->request(index, routing);
-    if (forecasts) expert_reads_->read_ahead(index, routing);
+    for (std::int64_t next = index + 1;
+         next < std::min(index + static_cast<std::int64_t>(routings_.size()), model_->hyper.layers); ++next)
+      expert_reads_->read_known(next, routing_of(next));
+    if (forecasts) expert_reads_->read_ahead(latest, routing_of(latest));
   }
   attention_.add_projections(weights, tokens, products_);
   products_.run();
   if (!offloads) {
-    routing = router_.choose(tokens);
+    choose();
     if (expert_reads_) demand = expert_reads_->request(index, routing);
   }
   count_experts(index, rows, routing);

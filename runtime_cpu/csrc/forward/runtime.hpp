@@ -98,6 +98,9 @@ class Runtime {
   void run_batch(std::span<const BatchRow> rows, float* logits, std::int64_t logit_rows, Counters& counters);
   void embed(std::span<const BatchRow> rows) const;
   NeuronCounts run_layer(std::int64_t index, std::span<const BatchRow> rows);
+  Routing& routing_of(std::int64_t layer) {
+    return routings_[static_cast<std::size_t>(layer) % routings_.size()];
+  }
   void normalise(const std::vector<float>& weight, std::int64_t row) const;
 
   std::shared_ptr<const Model> model_;
@@ -109,6 +112,7 @@ class Runtime {
   Scratch scratch_;
   Products products_;
   Router router_;
+  std::vector<Routing> routings_;            // [rooms]: of the layer in turn and those already chosen
   std::optional<ExpertReads> expert_reads_;  // when experts are packed
   Attention attention_;
   ExpertPass expert_pass_;

@@ -1,6 +1,7 @@
 #include "forward/scratch.hpp"
 
 #include "forward/expert_pass.hpp"
+#include "forward/router.hpp"
 
 namespace smallthinker {
 
@@ -22,6 +23,7 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   };
   const std::int64_t per_token = hyper.experts_per_token;
   const std::int64_t all_slots = chunk * per_token;
+  const std::int64_t rooms = Router::rooms(hyper);
   const std::int64_t query_size = hyper.heads * hyper.head_dim;
   const std::int64_t kv_size = hyper.kv_heads * hyper.head_dim;
   const std::int64_t groups = hyper.heads / hyper.kv_heads;
@@ -33,8 +35,8 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   take(key, chunk * kv_size);
   take(value, chunk * kv_size);
   take(mixed, chunk * hyper.hidden);
-  take(router_logits, chunk * hyper.experts);
-  take(expert_weights, all_slots);
+  take(router_logits, rooms * chunk * hyper.experts);
+  take(expert_weights, rooms * all_slots);
   if (weights.packed_experts) {
     const ExpertSlices slices(weights.expert);
     take(down, all_slots * weights.expert.padded());
@@ -50,10 +52,10 @@ std::size_t Scratch::lay_out(const Hyperparameters& hyper, const WeightPlan& wei
   take(sines, chunk * (hyper.head_dim / 2));
   take(thread_scores, threads * groups * layout.score_stride());
   take(thread_totals, threads * groups);
-  take(expert_ids, all_slots);
-  take(slots, all_slots);
-  take(slot_tokens, all_slots);
-  take(expert_begin, hyper.experts + 1);
+  take(expert_ids, rooms * all_slots);
+  take(slots, rooms * all_slots);
+  take(slot_tokens, rooms * all_slots);
+  take(expert_begin, rooms * (hyper.experts + 1));
   if (weights.predictor_width > 0) take_activations(inner, 1, weights.predictor_width, planes);
   return used + 64;  // room to align the start
 }

@@ -35,7 +35,8 @@ struct ActivationBuffer {
 };
 
 // Everything that a forward pass over `chunk` tokens writes. The same code lays it out and measures it. A
-// slot is one (token, expert) pair, in the order of the experts; there are chunk * k of them.
+// slot is one (token, expert) pair, in the order of the experts; there are chunk * k of them. What routers
+// choose has a room for each layer whose choice is known at once.
 struct Scratch {
   ActivationBuffer x;          // [chunk][hidden], the residual stream
   ActivationBuffer normed;     // [chunk][hidden], after a norm
@@ -46,8 +47,8 @@ struct Scratch {
   float* key;                  // [chunk][kv_heads][head_dim]
   float* value;                // [chunk][kv_heads][head_dim]
   float* mixed;                // [chunk][hidden], output of attention or of the experts
-  float* router_logits;        // [chunk][experts]
-  float* expert_weights;       // [chunk][k]
+  float* router_logits;        // [rooms][chunk][experts]
+  float* expert_weights;       // [rooms][chunk][k]
   float* up;                   // [slots][hidden.stride], of stock experts
   float* down;                 // [slots][hidden], or of packed experts [slots][padded hidden]
   float* partial;              // [kSplitSlots][slices][padded hidden], of packed experts
@@ -57,10 +58,10 @@ struct Scratch {
   float* sines;                // [chunk][head_dim / 2]
   float* thread_scores;        // [threads][groups][score_stride]
   float* thread_totals;        // [threads][groups]
-  std::int32_t* expert_ids;    // [chunk][k]
-  std::int32_t* slots;         // [chunk][k]
-  std::int32_t* slot_tokens;   // [slots]
-  std::int32_t* expert_begin;  // [experts + 1]
+  std::int32_t* expert_ids;    // [rooms][chunk][k]
+  std::int32_t* slots;         // [rooms][chunk][k]
+  std::int32_t* slot_tokens;   // [rooms][slots]
+  std::int32_t* expert_begin;  // [rooms][experts + 1]
 
   // With no memory: only measures. Returns the bytes.
   std::size_t lay_out(const Hyperparameters& hyper, const WeightPlan& weights, const KvLayout& layout,

@@ -11,7 +11,8 @@
 namespace smallthinker {
 namespace {
 
-constexpr std::string_view kArchitecture = "smallthinker";
+constexpr std::string_view kArchitecture = "smallthinker";  // also the prefix of the keys of the other
+constexpr std::string_view kLeadArchitecture = "smallthinker-lead";
 constexpr std::int64_t kMaxLayers = 1024;
 constexpr std::int64_t kMaxWidth = 1 << 20;
 constexpr std::int64_t kMaxVocab = 1 << 24;
@@ -56,12 +57,21 @@ std::vector<bool> layout(const GgufFile& file, std::string_view name, std::int64
 
 Hyperparameters read_hyperparameters(const GgufFile& file, std::vector<std::string>& warnings) {
   const auto architecture = file.text("general.architecture");
-  if (!architecture || *architecture != kArchitecture) {
+  const bool leads = architecture && *architecture == kLeadArchitecture;
+  if (!leads && (!architecture || *architecture != kArchitecture)) {
     throw ModelFileError("the file's architecture is " + printable(architecture.value_or("")) +
-                         "; this engine runs 'smallthinker'");
+                         "; this engine runs '" + std::string(kArchitecture) + "' and '" +
+                         std::string(kLeadArchitecture) + "'");
   }
   Hyperparameters hyper;
   hyper.layers = required(file, "block_count", 1, kMaxLayers);
+  // Only a file of the other name has the key: readers that know nothing of it have to refuse such a file.
+  if (leads) hyper.router_lead = required(file, "router_lead", 1, kMaxLayers);
+  if (!leads && file.integer(key("router_lead"), 0, kMaxLayers).value_or(0) != 0) {
+    throw ModelFileError("the file has " + key("router_lead") + ", which goes with the architecture '" +
+                         std::string(kLeadArchitecture) + "', and calls itself '" +
+                         std::string(kArchitecture) + "'");
+  }
   hyper.context = required(file, "context_length", 1, kMaxContext);
   hyper.hidden = required(file, "embedding_length", 1, kMaxWidth);
   hyper.heads = required(file, "attention.head_count", 1, kMaxWidth);

@@ -35,8 +35,9 @@ struct Hyperparameters {
   float rope_theta = 0.0F;
   float rms_epsilon = 0.0F;
   RouterKind router = RouterKind::kSigmoid;
-  std::vector<bool> rope;      // per layer
-  std::vector<bool> windowed;  // per layer
+  std::int64_t router_lead = 0;  // layer l's router reads the stream as it enters layer max(0, l - lead)
+  std::vector<bool> rope;        // per layer
+  std::vector<bool> windowed;    // per layer
 };
 
 // A matrix in stock rows, or in tiles.

@@ -170,6 +170,7 @@ struct Shape {
   Type type = Type::kF32;
   std::optional<Type> embedding;  // if of another
   bool softmax = true, tied = false;
+  std::int64_t router_lead = 0;
   std::int64_t predictor_width = 0;  // 0: no predictor of the head's rows
 };
 
@@ -180,7 +181,7 @@ inline Container make_container(const Shape& shape, std::uint64_t seed) {
   const auto number = [&](const std::string& name, std::int64_t value) {
     file.add_u32(key(name), static_cast<std::uint32_t>(value));
   };
-  file.add_text("general.architecture", "smallthinker");
+  file.add_text("general.architecture", shape.router_lead > 0 ? "smallthinker-lead" : "smallthinker");
   number("block_count", shape.layers);
   number("context_length", shape.context);
   number("embedding_length", shape.hidden);
@@ -192,6 +193,7 @@ inline Container make_container(const Shape& shape, std::uint64_t seed) {
   number("expert_count", shape.experts);
   number("expert_used_count", shape.used);
   number("expert_gating_func", shape.softmax ? 1 : 2);
+  if (shape.router_lead > 0) number("router_lead", shape.router_lead);
   if (shape.window > 0) number("attention.sliding_window", shape.window);
   if (!shape.rope.empty()) file.add_i32s(key("rope_layout"), shape.rope);
   if (!shape.windowed.empty()) file.add_i32s(key("sliding_window_layout"), shape.windowed);

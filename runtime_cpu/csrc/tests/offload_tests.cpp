@@ -89,9 +89,7 @@ void cut_off_file(bool tied) {
   }
 }
 
-}  // namespace
-
-void test_offload() {
+Shape four_layers(std::int64_t router_lead) {
   Shape shape;
   shape.type = Type::kQ4_0;
   shape.layers = 4;
@@ -99,15 +97,25 @@ void test_offload() {
   shape.expert_hidden = 96;
   shape.experts = 6;
   shape.used = 2;
-  const Bytes bytes = make_container(shape, 21).write();
-  const TemporaryFile file(bytes);
-  const auto model = Model::open(file.path);
-  const std::size_t each = model->expert_shape().bytes();
+  shape.router_lead = router_lead;
+  return shape;
+}
+
+std::vector<std::int32_t> random_tokens() {
   RandomStream random(5);
   std::vector<std::int32_t> tokens;
-  for (std::int64_t i = 0; i < kTokens; ++i) {
-    tokens.push_back(static_cast<std::int32_t>(random.next() % static_cast<std::uint64_t>(shape.vocab)));
-  }
+  const auto vocab = static_cast<std::uint64_t>(Shape().vocab);
+  for (std::int64_t i = 0; i < kTokens; ++i)
+    tokens.push_back(static_cast<std::int32_t>(random.next() % vocab));
+  return tokens;
+}
+
+void from_disk_as_in_memory(std::int64_t router_lead) {
+  const Shape shape = four_layers(router_lead);
+  const TemporaryFile file(make_container(shape, 21).write());
+  const auto model = Model::open(file.path);
+  const std::size_t each = model->expert_shape().bytes();
+  const std::vector<std::int32_t> tokens = random_tokens();
   // Room for all: the packed layout, and nothing on disk.
   Runtime in_memory(model, options_for(2, 16, each * static_cast<std::size_t>(shape.layers * shape.experts)));
   const auto expected = run(in_memory, *model, tokens);
@@ -143,9 +151,33 @@ void test_offload() {
   }
   CHECK(guessed > 0, "nothing was guessed");
   CHECK(run(in_memory, *model, tokens) == expected, "a second run gave other bits");
+}
 
-  // A disk that fails now and then: each failure is one error with a sentence, and the next attempt can
-  // succeed.
+// What a router with a lead has chosen is read ahead, guesses or not, and is always used.
+void known_choices_are_read_ahead() {
+  for (const std::int64_t lead : {0, 1, 2, 3}) {
+    const TemporaryFile file(make_container(four_layers(lead), 21).write());
+    const auto model = Model::open(file.path);
+    RuntimeOptions options = options_for(2, 1, 12 * model->expert_shape().bytes());
+    options.speculate = false;
+    Runtime runtime(model, options);
+    run(runtime, *model, random_tokens());
+    const CacheCounters counters = runtime.experts()->counters();
+    CHECK((counters.speculated > 0) == (lead > 0), "%lu read ahead with a lead of %ld",
+          static_cast<unsigned long>(counters.speculated), static_cast<long>(lead));
+    CHECK(counters.speculated_wasted == 0, "%lu of %lu read in vain with a lead of %ld",
+          static_cast<unsigned long>(counters.speculated_wasted),
+          static_cast<unsigned long>(counters.speculated), static_cast<long>(lead));
+  }
+}
+
+// A disk that fails now and then: each failure is one error with a sentence, and the next attempt can
+// succeed.
+void failing_disk(std::int64_t router_lead) {
+  const TemporaryFile file(make_container(four_layers(router_lead), 21).write());
+  const auto model = Model::open(file.path);
+  const std::size_t each = model->expert_shape().bytes();
+  const std::vector<std::int32_t> tokens = random_tokens();
   std::atomic<int> failing{0};
   RuntimeOptions options = options_for(3, 8, 4 * each);
   options.experts.backend = "threads";
@@ -156,7 +188,7 @@ void test_offload() {
   };
   Runtime runtime(model, options);
   Session session(runtime.kv_layout(), model->hyper);
-  std::vector<float> row(static_cast<std::size_t>(shape.vocab));
+  std::vector<float> row(static_cast<std::size_t>(model->hyper.vocab));
   const std::vector<float> whole = run(runtime, *model, tokens);
   int errors = 0;
   for (int attempt = 0; attempt < 40; ++attempt) {
@@ -174,7 +206,14 @@ void test_offload() {
   CHECK(errors > 5, "%d errors", errors);
   failing.store(0);
   CHECK(run(runtime, *model, tokens) == whole, "errors left traces");
+}
 
+}  // namespace
+
+void test_offload() {
+  for (const std::int64_t lead : {0, 1, 3, 5}) from_disk_as_in_memory(lead);
+  known_choices_are_read_ahead();
+  for (const std::int64_t lead : {0, 2}) failing_disk(lead);
   for (const bool tied : {false, true}) cut_off_file(tied);
   std::printf("offload: ok\n");
 }

@@ -229,6 +229,26 @@ void test_reader() {
   refuses("attention.sliding_window is missing",
           [](Container& f) { f.add_i32s("smallthinker.sliding_window_layout", {0, 1, 0}); });
 
+  // A router lead goes with an architecture of its own, which readers that know nothing of it refuse.
+  Shape leading;
+  leading.router_lead = 2;
+  const Bytes led = make_container(leading, 3).write();
+  CHECK(Model::from_bytes(led)->hyper.router_lead == 2);
+  const auto bad_lead = [&](const std::string& message, const auto& mutate) {
+    Container file = make_container(leading, 3);
+    mutate(file);
+    const std::string found = refusal(file.write());
+    CHECK(found.find(message) != std::string::npos, "'%s' instead of '%s'", found.c_str(), message.c_str());
+  };
+  bad_lead("router_lead is 0; allowed is 1 to", [](Container& f) { set_u32(f, "router_lead", 0); });
+  bad_lead("router_lead is 4294967295; allowed is 1 to",
+           [](Container& f) { set_u32(f, "router_lead", 4294967295U); });
+  bad_lead("has no smallthinker.router_lead", [](Container& f) { remove_value(f, "router_lead"); });
+  bad_lead("calls itself 'smallthinker'", [](Container& f) {
+    f.values.erase(f.values.begin());
+    f.add_text("general.architecture", "smallthinker");
+  });
+
   // A predictor of the head's rows is whole and sane, or the file is refused, by every reader.
   Shape predicting;
   predicting.predictor_width = 16;
