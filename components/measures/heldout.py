@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
@@ -24,6 +23,7 @@ from components.corpus.categories import CATEGORIES
 from components.corpus.shards import HELD_OUT_SPLIT, TRAIN_SPLIT, TokenArray, TokenShards
 from components.corpus.text_bytes import count_bytes, token_bytes
 from components.measures.bigram import BigramModel
+from components.measures.token_nats import next_token_nats
 from model.masks import document_ids
 
 Int64s = npt.NDArray[np.int64]
@@ -78,12 +78,17 @@ class HeldOut:
     """The held-out text of every category, cut to the configured length."""
 
     def __init__(
-        self, streams: Mapping[str, TokenArray], text_bytes: Mapping[str, float], eos_id: int, batch: int
+        self,
+        streams: Mapping[str, TokenArray],
+        text_bytes: Mapping[str, float],
+        eos_id: int,
+        batch: int,
+        batch_tokens: int | None = None,
     ) -> None:
         self.streams = dict(streams)
         self.text_bytes = dict(text_bytes)
         self._eos_id = eos_id
-        self._batch = batch
+        self._batch, self._batch_tokens = batch, batch_tokens
 
     @classmethod
     def open(
@@ -92,8 +97,11 @@ class HeldOut:
         tokenizer_file: Path,
         tokens_per_category: int,
         sequences_per_batch: int = 16,
+        tokens_per_batch: int | None = None,
     ) -> HeldOut:
         """Take up to ``tokens_per_category`` held-out tokens of each category; score so many windows at once.
+
+        With ``tokens_per_batch`` fewer windows, at least one, where that many would be more tokens.
 
         Raises:
             StageError: the shards hold no held-out text at all.
@@ -117,7 +125,7 @@ class HeldOut:
             raise StageError(
                 f"The token shards hold no text in split {HELD_OUT_SPLIT}; pretraining measures bits per byte on it."
             )
-        return cls(streams, text_bytes, shards.eos_id, sequences_per_batch)
+        return cls(streams, text_bytes, shards.eos_id, sequences_per_batch, tokens_per_batch)
 
     def _scores(self, nats: Mapping[str, float], activations: dict[str, Any]) -> Scores:
         tokens = {name: len(stream) for name, stream in self.streams.items()}
@@ -143,9 +151,12 @@ class HeldOut:
         for window, first in held_out_windows(stream, context, self._eos_id):
             by_length.setdefault(len(window), []).append((window, first))
         batches = []
-        for windows in by_length.values():
-            for begin in range(0, len(windows), self._batch):
-                part = windows[begin : begin + self._batch]
+        for length, windows in by_length.items():
+            size = self._batch
+            if self._batch_tokens is not None:
+                size = max(1, min(size, self._batch_tokens // (length - 1)))
+            for begin in range(0, len(windows), size):
+                part = windows[begin : begin + size]
                 batches.append(
                     (np.stack([w for w, _ in part]), np.array([f for _, f in part], dtype=np.int64))
                 )
@@ -155,10 +166,7 @@ class HeldOut:
         """One forward pass: the model's output, and the nats of the scored tokens."""
         ids_BT = torch.from_numpy(windows).to(device)
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        out = model(input_ids=inputs_BT, document_ids=document_ids(inputs_BT, self._eos_id), use_cache=False)
-        losses_BT = F.cross_entropy(
-            out.logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-        ).view(targets_BT.shape)
+        out, losses_BT = next_token_nats(model, inputs_BT, targets_BT, document_ids(inputs_BT, self._eos_id))
         positions_T = torch.arange(1, ids_BT.shape[1], device=device)
         counts_BT = positions_T[None] >= torch.from_numpy(first_B).to(device)[:, None]
         return out, float((losses_BT.double() * counts_BT).sum())
@@ -204,7 +212,7 @@ class HeldOut:
                         # must take part: it runs one of padding.
                         shape = batches[first][0][:, :-1].shape
                         padding_BT = torch.full(shape, self._eos_id, device=device)
-                        out = model(
+                        out = model.model(
                             input_ids=padding_BT,
                             document_ids=torch.full_like(padding_BT, -1),
                             use_cache=False,

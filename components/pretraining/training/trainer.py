@@ -84,6 +84,7 @@ class Trainer:
             self._tokenizer_folder / "tokenizer.json",
             config.evaluation.tokens_per_category,
             config.evaluation.sequences_per_batch,
+            config.evaluation.sequences_per_batch * config.stages[0].context,
         )
         self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
         self._record = RunRecord(context.scratch)
