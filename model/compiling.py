@@ -12,9 +12,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.utils import counters
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
+
+_MOST_KINDS = 64  # of input, for one code object
 
 _made: list[list[Any]] = []  # what was compiled, by every function of compiled()
 _settings: dict[str, Any] = {"backend": "inductor", "fullgraph": False}
@@ -49,5 +53,23 @@ def compiled(
 
 
 def compile_module(module: nn.Module) -> None:
-    """Compile a module's forward in place."""
-    module.compile(**_settings)
+    """Compile a module's forward in place, for every shape anew: training and evaluation have few, all known."""
+    module.compile(dynamic=False, **_settings)
+
+
+def refuse_fallbacks() -> None:
+    """From now on code that is compiled for too many kinds of input ends the program.
+
+    By default torch gives up after 8 and goes on uncompiled with a line in the log. One code object serves all layers
+    here: training and evaluation, windowed and global layers and the shapes of two contexts are 8 already.
+
+    Raises (later, in what was compiled):
+        torch._dynamo.exc.FailOnRecompileLimitHit: more than 64 kinds of input.
+    """
+    dynamo_config.recompile_limit = _MOST_KINDS
+    dynamo_config.fail_on_recompile_limit_hit = True
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch has compiled in this process so far."""
+    return int(counters["stats"]["unique_graphs"])

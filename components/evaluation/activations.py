@@ -17,7 +17,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
@@ -27,6 +26,7 @@ from components.corpus.text_bytes import count_bytes, token_bytes
 from components.evaluation.config import EvaluateConfig
 from components.measures.heldout import held_out_windows
 from components.measures.intervals import bootstrap_ratio
+from components.measures.token_nats import next_token_nats
 from model import SmallThinkerForCausalLM
 from model.masks import document_ids
 
@@ -201,10 +201,9 @@ def measure(
             ids_BT = torch.from_numpy(windows).to(model.device)
             inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
             with model.record_experts():
-                output = model(inputs_BT, document_ids=document_ids(inputs_BT, text.eos_id), use_cache=False)
-            nats_BT = F.cross_entropy(
-                output.logits.float().flatten(0, 1), targets_BT.flatten(), reduction="none"
-            ).view(targets_BT.shape)
+                output, nats_BT = next_token_nats(
+                    model, inputs_BT, targets_BT, document_ids(inputs_BT, text.eos_id)
+                )
             scored_BT = torch.arange(1, ids_BT.shape[1])[None] >= torch.from_numpy(first)[:, None]
             bits += ((nats_BT.cpu().double() * scored_BT).sum(dim=1) / math.log(2)).tolist()
             counts += (text.bytes_per_token[name][windows[:, 1:]] * scored_BT.numpy()).sum(axis=1).tolist()

@@ -6,6 +6,7 @@ token counts, the closing ``<|endoftext|>`` too. The bigram baseline is scored o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from components.artifacts import StageError
@@ -24,6 +24,7 @@ from components.corpus.categories import CATEGORIES
 from components.corpus.shards import HELD_OUT_SPLIT, TRAIN_SPLIT, TokenArray, TokenShards
 from components.corpus.text_bytes import count_bytes, token_bytes
 from components.measures.bigram import BigramModel
+from components.measures.token_nats import next_token_nats
 from model.masks import document_ids
 
 Int64s = npt.NDArray[np.int64]
@@ -78,12 +79,17 @@ class HeldOut:
     """The held-out text of every category, cut to the configured length."""
 
     def __init__(
-        self, streams: Mapping[str, TokenArray], text_bytes: Mapping[str, float], eos_id: int, batch: int
+        self,
+        streams: Mapping[str, TokenArray],
+        text_bytes: Mapping[str, float],
+        eos_id: int,
+        batch: int,
+        batch_tokens: int | None = None,
     ) -> None:
         self.streams = dict(streams)
         self.text_bytes = dict(text_bytes)
         self._eos_id = eos_id
-        self._batch = batch
+        self._batch, self._batch_tokens = batch, batch_tokens
 
     @classmethod
     def open(
@@ -92,8 +98,11 @@ class HeldOut:
         tokenizer_file: Path,
         tokens_per_category: int,
         sequences_per_batch: int = 16,
+        tokens_per_batch: int | None = None,
     ) -> HeldOut:
         """Take up to ``tokens_per_category`` held-out tokens of each category; score so many windows at once.
+
+        With ``tokens_per_batch`` fewer windows, at least one, where that many would be more tokens.
 
         Raises:
             StageError: the shards hold no held-out text at all.
@@ -117,7 +126,7 @@ class HeldOut:
             raise StageError(
                 f"The token shards hold no text in split {HELD_OUT_SPLIT}; pretraining measures bits per byte on it."
             )
-        return cls(streams, text_bytes, shards.eos_id, sequences_per_batch)
+        return cls(streams, text_bytes, shards.eos_id, sequences_per_batch, tokens_per_batch)
 
     def _scores(self, nats: Mapping[str, float], activations: dict[str, Any]) -> Scores:
         tokens = {name: len(stream) for name, stream in self.streams.items()}
@@ -136,32 +145,39 @@ class HeldOut:
         }
         return self._scores(nats, {})
 
-    def _batches(self, name: str, context: int) -> list[tuple[Int64s, Int64s]]:
-        """Equal-length batches of one category: windows ``[B, context + 1]`` and first scored position ``[B]``."""
-        by_length: dict[int, list[tuple[Int64s, int]]] = {}
-        stream = self.streams[name]
-        for window, first in held_out_windows(stream, context, self._eos_id):
-            by_length.setdefault(len(window), []).append((window, first))
+    def _batches(self, name: str, context: int) -> list[tuple[Int64s, Int64s, Int64s]]:
+        """One category in batches of one shape, so that nothing is compiled anew for the last one.
+
+        Returns:
+            Windows ``[B, context + 1]``, filled up with ``eos_id``; their lengths ``[B]``, 0 for rows that only fill
+            up; their first scored positions ``[B]``.
+        """
+        size = self._batch
+        if self._batch_tokens is not None:
+            size = max(1, min(size, self._batch_tokens // context))
         batches = []
-        for windows in by_length.values():
-            for begin in range(0, len(windows), self._batch):
-                part = windows[begin : begin + self._batch]
-                batches.append(
-                    (np.stack([w for w, _ in part]), np.array([f for _, f in part], dtype=np.int64))
-                )
+        windows = held_out_windows(self.streams[name], context, self._eos_id)
+        while part := list(itertools.islice(windows, size)):
+            window_BT = np.full((size, context + 1), self._eos_id, dtype=np.int64)
+            length_B, first_B = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+            for row, (window, first) in enumerate(part):
+                window_BT[row, : len(window)] = window
+                length_B[row], first_B[row] = len(window), first
+            batches.append((window_BT, length_B, first_B))
         return batches
 
-    def _score(self, model: Any, windows: Int64s, first_B: Int64s, device: torch.device) -> tuple[Any, float]:
+    def _score(
+        self, model: Any, batch: tuple[Int64s, Int64s, Int64s], device: torch.device
+    ) -> tuple[Any, float]:
         """One forward pass: the model's output, and the nats of the scored tokens."""
-        ids_BT = torch.from_numpy(windows).to(device)
+        ids_BT, length_B, first_B = (torch.from_numpy(values).to(device) for values in batch)
         inputs_BT, targets_BT = ids_BT[:, :-1], ids_BT[:, 1:]
-        out = model(input_ids=inputs_BT, document_ids=document_ids(inputs_BT, self._eos_id), use_cache=False)
-        losses_BT = F.cross_entropy(
-            out.logits.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
-        ).view(targets_BT.shape)
-        positions_T = torch.arange(1, ids_BT.shape[1], device=device)
-        counts_BT = positions_T[None] >= torch.from_numpy(first_B).to(device)[:, None]
-        return out, float((losses_BT.double() * counts_BT).sum())
+        position_1T = torch.arange(1, ids_BT.shape[1], device=device)[None]  # of the targets
+        real_BT = position_1T < length_B[:, None]
+        documents_BT = document_ids(inputs_BT, self._eos_id).masked_fill(~real_BT, -1)
+        out, losses_BT = next_token_nats(model, inputs_BT, targets_BT, documents_BT)
+        counted_BT = real_BT & (position_1T >= first_B[:, None])
+        return out, float(losses_BT.double()[counted_BT].sum())
 
     @torch.no_grad()
     def evaluate(
@@ -196,19 +212,13 @@ class HeldOut:
                     if should_stop():
                         return None
                     number = first + rank
-                    if number < len(batches):
-                        out, nats = self._score(model, *batches[number], device)
-                        nats_C[category] += nats
-                    else:
-                        # Expert parallelism runs an all-to-all in every layer, in which a rank that has no batch left
-                        # must take part: it runs one of padding.
-                        shape = batches[first][0][:, :-1].shape
-                        padding_BT = torch.full(shape, self._eos_id, device=device)
-                        out = model(
-                            input_ids=padding_BT,
-                            document_ids=torch.full_like(padding_BT, -1),
-                            use_cache=False,
-                        )
+                    # Expert parallelism runs an all-to-all in every layer, in which a rank that has no batch left must
+                    # take part: its batch is one of rows that only fill up.
+                    batch = batches[min(number, len(batches) - 1)]
+                    if number >= len(batches):
+                        batch = (batch[0], np.zeros_like(batch[1]), batch[2])
+                    out, nats = self._score(model, batch, device)
+                    nats_C[category] += nats
                     chosen_CLE[category] += out.router_stats.expert_counts.double().cpu()
                     active_LE += out.router_stats.active_neurons_by_expert.double().cpu()
                     seen_C[category] += out.router_stats.tokens

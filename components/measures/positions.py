@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from components.artifacts import StageError
 from components.corpus.shards import HELD_OUT_SPLIT, Shard, TokenShards
+from components.measures.token_nats import next_token_nats
 from model import SmallThinkerForCausalLM
 
 _RESAMPLES = 2000
@@ -72,9 +72,8 @@ def nats_by_position(model: Any, windows: Int64s, batch: int = 4) -> Floats:
     model.eval()
     rows = []
     for ids in torch.split(torch.from_numpy(windows).to(model.device), batch):
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
-        rows.append(losses.view(ids.shape[0], -1).double().cpu().numpy())
+        _, nats_BT = next_token_nats(model, ids[:, :-1], ids[:, 1:])
+        rows.append(nats_BT.double().cpu().numpy())
     model.train(was_training)
     return np.concatenate(rows)
 

@@ -99,7 +99,12 @@ class EvaluationPart(_Part):
         ge=1000,
         description="training tokens per category that the bigram baseline counts",
     )
-    sequences_per_batch: int = Field(default=16, ge=1, le=4096, description="windows in one forward pass")
+    sequences_per_batch: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="windows in one forward pass, at the first training stage's context; of longer ones fewer",
+    )
     position_documents: int = Field(
         default=48,
         ge=0,

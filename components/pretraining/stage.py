@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from components.artifacts import METRICS_NAME, StageContext, parse_config, write_json
+from components.artifacts import METRICS_NAME, StageContext, StageError, parse_config, write_json
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.curriculum import Curriculum
 
@@ -37,13 +37,22 @@ def run(context: StageContext) -> dict[str, float]:
 
 def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
     """Train as one process of the run: the only one, or the one that torchrun's environment says."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     from components.pretraining.processes.interruption import Interruption
     from components.pretraining.processes.ranks import join_processes
     from components.pretraining.training.trainer import Trainer
 
     with Interruption.watching() as interruption:
         ranks = join_processes(config)
-        return Trainer(context, config, ranks, interruption).train()
+        try:
+            return Trainer(context, config, ranks, interruption).train()
+        except FailOnRecompileLimitHit as error:
+            raise StageError(
+                f"torch was asked to compile the same code for too many kinds of input: {error.__cause__}. What "
+                "was saved is kept. TORCH_LOGS=recompiles shows what differs each time; with compile_layers=false "
+                "attention and norms run uncompiled and slower."
+            ) from error
 
 
 def write_results(

@@ -83,7 +83,9 @@ def compile_layers(model: SmallThinkerForCausalLM) -> None:
 def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> None:
     """Give the model its load-balance group, recomputation and compiled layers, as ``config`` asks."""
     from model import LoadBalance
+    from model.compiling import refuse_fallbacks
 
+    refuse_fallbacks()
     model.balance = LoadBalance(_balance_group(config, ranks))
     if config.activation_checkpointing:
         # Nothing in a layer is random, so no RNG state has to be kept for the recomputation.

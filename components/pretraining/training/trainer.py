@@ -46,6 +46,7 @@ from components.pretraining.training.training_step import TrainingStep
 from components.weights.checkpoint_store import CheckpointStore
 from components.weights.model_folders import copy_tokenizer
 from model.accounting import training_flops_per_token
+from model.compiling import compiled_graphs
 
 
 class TrainingInterrupted(StageError):
@@ -84,6 +85,7 @@ class Trainer:
             self._tokenizer_folder / "tokenizer.json",
             config.evaluation.tokens_per_category,
             config.evaluation.sequences_per_batch,
+            config.evaluation.sequences_per_batch * config.stages[0].context,
         )
         self._store = CheckpointStore(context.scratch / "checkpoints", config.keep_checkpoints)
         self._record = RunRecord(context.scratch)
@@ -194,9 +196,11 @@ class Trainer:
             disable=not self._ranks.is_first,
             mininterval=1.0,
         )
+        compiled: int | None = None  # graphs after this training stage's first step
         with bar:
             while self._step < span.end:
                 waited_s += self._train_step(bar)
+                compiled = compiled_graphs() if compiled is None else compiled
                 if self._step % self._config.log_every_steps == 0 or self._step == span.end:
                     elapsed = time.perf_counter() - began
                     tokens = (self._step - since) * span.stage.context * span.stage.sequences_per_step
@@ -207,6 +211,10 @@ class Trainer:
                     self._save()
                 if stop:
                     self._stop_now()
+        if compiled is not None and (late := compiled_graphs() - compiled):
+            self._note_once(
+                f"torch compiled {late} graphs after the first step of {span.name}: its shapes change."
+            )
 
     def _stop_now(self) -> None:
         self._saver.wait()
