@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
-from components.pretraining.data.accumulation import groups_fit
+from components.pretraining.data.accumulation import BatchCut
 from components.pretraining.data.curriculum import Curriculum
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class TrainingStageEstimate:
     steps: int
     tokens_per_step: int
     micro_batch: int
-    accumulation: float
+    accumulation: int
+    padding: float
     flops_per_token: float
     days: float
 
@@ -102,8 +103,9 @@ class RunEstimate:
         for stage in self.stages:
             lines.append(
                 f"  {stage.name}: {stage.tokens:.4g} tokens, context {stage.context:,}, {stage.steps:,} steps of "
-                f"{stage.tokens_per_step:,} tokens ({stage.micro_batch} sequences x {stage.accumulation:g} micro-steps "
-                f"per process), {stage.flops_per_token:.3e} FLOPs per token, {stage.days:.1f} days"
+                f"{stage.tokens_per_step:,} tokens ({stage.micro_batch} sequences x {stage.accumulation} micro-steps "
+                f"per process{f', {stage.padding:.1%} of it padding' if stage.padding else ''}), "
+                f"{stage.flops_per_token:.3e} FLOPs per token, {stage.days:.1f} days"
             )
         lines.append(
             f"compute     {self.flops:.3g} FLOPs (recomputation not counted); "
@@ -227,13 +229,12 @@ def estimate_run(
         problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
-        stage, micro = span.stage, config.micro_batch(span.index)
-        accumulation = stage.sequences_per_step / (micro * processes)
-        if accumulation != int(accumulation) or accumulation < 1:
-            problems.append(
-                f"{span.name}: {stage.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
-                f"{processes} processes"
-            )
+        stage = span.stage
+        try:
+            cut = BatchCut.of(config, span.index, processes)
+        except StageError as error:
+            problems.append(str(error).rstrip("."))
+            cut = BatchCut.of(config, span.index, stage.sequences_per_step)
         tokens = float(stage.steps * stage.context * stage.sequences_per_step)
         flops = training_flops_per_token(model, stage.context)
         speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
@@ -244,16 +245,12 @@ def estimate_run(
                 context=stage.context,
                 steps=stage.steps,
                 tokens_per_step=stage.context * stage.sequences_per_step,
-                micro_batch=micro,
-                accumulation=accumulation,
+                micro_batch=cut.micro_batch,
+                accumulation=cut.micro_steps,
+                padding=1.0 - stage.sequences_per_step / cut.computed_rows,
                 flops_per_token=flops,
                 days=tokens * flops / speed / 86_400,
             )
-        )
-    if not groups_fit(config.load_balance_groups, processes):
-        problems.append(
-            f"load_balance_groups is {config.load_balance_groups}; on {processes} processes it must divide them or be "
-            "a multiple of them"
         )
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:
