@@ -133,12 +133,13 @@ def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig)
 def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes: int) -> dict[str, float]:
     """Estimated bytes per process and part, at the training stage that needs most.
 
-    A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
-    master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2; their
-    sums over micro-steps are in fp32): the experts' over the processes that hold the same ones, all others over all
-    processes. Activations: a recomputed layer keeps its residual stream, any other what its backward pass needs; beside
-    them one layer's whole working set. The head holds its logits and their gradient. Compared with allocations by
-    ``components.pretraining.dry_run``, see docs/pretraining.md.
+    A process holds its part of the experts and all other weights. Weights in the working dtype, fp32 master weights
+    and two Adam moments sharded: the experts' over the processes that hold the same ones, all others over all
+    processes. Gradients are summed in fp32: whole with ZeRO-1, beside the process's part of their mean or the largest
+    tensor's on its way; sharded with ZeRO-2, beside the reduce buckets. Activations: a recomputed layer keeps its
+    residual stream, any other what its backward pass needs; beside them one layer's whole working set. The head holds
+    its logits and their gradient. Compared with allocations by ``components.pretraining.dry_run``, see
+    docs/pretraining.md.
 
     Args:
         model: the architecture.
@@ -155,17 +156,20 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     held = dense + local_experts
     sharded = dense / max(1, processes) + local_experts / max(1.0, processes / size)
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
-    bucket = min(held, _BUCKET_ELEMENTS) * width_bytes
-    gradients = held * width_bytes
+    buckets = min(held, _BUCKET_ELEMENTS) * (
+        2.0 * width_bytes + 4.0
+    )  # ZeRO-2: two, and a copy that travels in fp32
     table = float(model.vocab_size * model.hidden_size)
     gate_up = local_experts / model.num_hidden_layers * 2 / 3  # one layer's
-    sums_in_fp32 = config.zero_stage >= 2 and width_bytes == 2
-    if sums_in_fp32:
+    if config.zero_stage == 1:
+        # Sums of whole gradients; then either one tensor's on its way there, or this process's part of their mean.
+        gradients = held * 4.0 + max(max(table, gate_up) * width_bytes, sharded * 4.0)
+    elif width_bytes == 2:
         # The fp32 sums over micro-steps, and the one tensor that is being added to them.
-        gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + 2 * bucket
-    elif config.zero_stage >= 2:
+        gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + buckets
+    else:
         # DeepSpeed keeps a whole tensor wherever the partition overlaps it.
-        gradients = min(held, sharded + table + gate_up) * width_bytes + 2 * bucket
+        gradients = min(held, sharded + table + gate_up) * width_bytes + buckets
     heads = model.num_attention_heads * model.head_dim
     imbalance = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
@@ -193,8 +197,8 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
-    # In the optimizer step activations are freed, and the sharded gradients are copied to fp32 unless they are already.
-    step_bytes = 0.0 if sums_in_fp32 else sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
+    # In the optimizer step activations are freed, and ZeRO-2 in fp32 copies the sharded gradients into one tensor.
+    step_bytes = sharded * 4.0 if config.zero_stage >= 2 and width_bytes == 4 else 0.0
     if step_bytes > activations + logits:
         parts["optimizer step, beyond"] = step_bytes - activations - logits
     if config.hardware.gpus:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from components.artifacts import StageError
 from components.pretraining.config import OptimizerPart, PretrainConfig
 from components.pretraining.data.accumulation import BatchCut
+from components.pretraining.deepspeed.gradients import GradientSums
 from components.pretraining.processes.ranks import Ranks
 from components.weights.optimizer import parameter_groups
 
@@ -30,9 +31,8 @@ _UNIVERSAL = {"universal_checkpoint_version": 0.4}
 def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
     """DeepSpeed's own config for ``world`` processes at the first training stage.
 
-    Gradients of micro-steps are summed in fp32, but for bf16 with ZeRO-1: there the setting makes DeepSpeed 0.19.8 take
-    another optimizer class, for whose checkpoints, gradient norms and skipped steps this package is not written. Batch
-    sizes include the padding of an uneven cut.
+    Gradients travel in fp32. With ZeRO-1 :class:`GradientSums` sums and reduces them, so DeepSpeed gets no bucket; with
+    ZeRO-2 it sums its part over micro-steps in fp32. Batch sizes include the padding of an uneven cut.
     """
     cut = BatchCut.of(config, 0, world)
     partitioned = config.zero_stage >= 2
@@ -41,12 +41,14 @@ def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict
         "train_micro_batch_size_per_gpu": cut.micro_batch,
         "gradient_accumulation_steps": cut.micro_steps,
         "gradient_clipping": config.optimizer.clip_norm,
+        "communication_data_type": "fp32",
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"} if partitioned or precision == "fp32" else {},
         "zero_optimization": {
             "stage": config.zero_stage,
-            "overlap_comm": world > 1 and config.device == "cuda",
+            "overlap_comm": partitioned and world > 1 and config.device == "cuda",
             "contiguous_gradients": True,
+            **({} if partitioned else {"reduce_bucket_size": 1}),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
@@ -124,6 +126,8 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
         config=deepspeed_config(config, ranks.world, ranks.precision),
         dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )
+    if config.zero_stage == 1:
+        GradientSums(engine)
     return engine
 
 
