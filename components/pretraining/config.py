@@ -180,7 +180,7 @@ class PretrainConfig(StageConfig):
         default=8,
         ge=1,
         le=4096,
-        description="sequences in one forward pass of one process, at the first stage's context",
+        description="at most so many sequences in one forward pass of one process, at the first stage's context",
     )
     hardware: HardwarePart = Field(default_factory=HardwarePart)
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -192,8 +192,8 @@ class PretrainConfig(StageConfig):
     )
     zero_stage: Literal[1, 2] = Field(
         default=1,
-        description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes, 2 the gradients too. In bf16, "
-        "2 sums gradients over micro-steps in fp32 and 1 does not: 1 is for few micro-steps",
+        description="DeepSpeed ZeRO: 1 partitions the optimizer's state over processes and sends gradients once a "
+        "step; 2 partitions the gradients too, which saves memory, and sends them at every micro-step",
     )
     expert_parallel: int = Field(
         default=1,
@@ -275,22 +275,16 @@ class PretrainConfig(StageConfig):
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; the run has {steps} steps, "
                 f"so 0 to {steps - 1} are allowed"
             )
-        for number, stage in enumerate(self.stages, 1):
-            micro = self.micro_batch(number - 1)
-            if stage.sequences_per_step % micro:
+        for number, stage in enumerate(self.stages):
+            if self.load_balance_groups > stage.sequences_per_step:
                 raise ValueError(
-                    f"stages[{number - 1}].sequences_per_step is {stage.sequences_per_step}; it must be a "
-                    f"multiple of the micro-batch, which is {micro} sequences at context {stage.context}"
-                )
-            if stage.sequences_per_step % (micro * self.load_balance_groups):
-                raise ValueError(
-                    f"load_balance_groups is {self.load_balance_groups}; stages[{number - 1}] has "
-                    f"{stage.sequences_per_step // micro} micro-batches a step, and only their divisors are allowed"
+                    f"load_balance_groups is {self.load_balance_groups}; stages[{number}] has "
+                    f"{stage.sequences_per_step} sequences a step, so 1 to {stage.sequences_per_step} are allowed"
                 )
         return self
 
     def micro_batch(self, stage: int) -> int:
-        """Sequences per forward pass in a training stage (0-based): as many tokens as in the first, at least 1."""
+        """Most sequences per forward pass in a training stage (0-based): as many tokens as in the first, at least 1."""
         tokens = self.sequences_per_micro_batch * self.stages[0].context
         return max(1, min(tokens // self.stages[stage].context, self.stages[stage].sequences_per_step))
 

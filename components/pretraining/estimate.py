@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
-from components.pretraining.data.accumulation import groups_fit
+from components.pretraining.data.accumulation import BatchCut
 from components.pretraining.data.curriculum import Curriculum
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class TrainingStageEstimate:
     steps: int
     tokens_per_step: int
     micro_batch: int
-    accumulation: float
+    accumulation: int
+    padding: float
     flops_per_token: float
     days: float
 
@@ -102,8 +103,9 @@ class RunEstimate:
         for stage in self.stages:
             lines.append(
                 f"  {stage.name}: {stage.tokens:.4g} tokens, context {stage.context:,}, {stage.steps:,} steps of "
-                f"{stage.tokens_per_step:,} tokens ({stage.micro_batch} sequences x {stage.accumulation:g} micro-steps "
-                f"per process), {stage.flops_per_token:.3e} FLOPs per token, {stage.days:.1f} days"
+                f"{stage.tokens_per_step:,} tokens ({stage.micro_batch} sequences x {stage.accumulation} micro-steps "
+                f"per process{f', {stage.padding:.1%} of it padding' if stage.padding else ''}), "
+                f"{stage.flops_per_token:.3e} FLOPs per token, {stage.days:.1f} days"
             )
         lines.append(
             f"compute     {self.flops:.3g} FLOPs (recomputation not counted); "
@@ -131,12 +133,13 @@ def exchanged_bytes_per_token(model: SmallThinkerConfig, config: PretrainConfig)
 def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes: int) -> dict[str, float]:
     """Estimated bytes per process and part, at the training stage that needs most.
 
-    A process holds its part of the experts and all other weights. Weights and gradients in the working dtype, fp32
-    master weights and two Adam moments sharded (ZeRO-1), gradients sharded too beyond one reduce bucket (ZeRO-2; their
-    sums over micro-steps are in fp32): the experts' over the processes that hold the same ones, all others over all
-    processes. Activations: a recomputed layer keeps its residual stream, any other what its backward pass needs; beside
-    them one layer's whole working set. The head holds its logits and their gradient. Compared with allocations by
-    ``components.pretraining.dry_run``, see docs/pretraining.md.
+    A process holds its part of the experts and all other weights. Weights in the working dtype, fp32 master weights
+    and two Adam moments sharded: the experts' over the processes that hold the same ones, all others over all
+    processes. Gradients are summed in fp32: whole with ZeRO-1, beside the process's part of their mean or the largest
+    tensor's on its way; sharded with ZeRO-2, beside the reduce buckets. Activations: a recomputed layer keeps its
+    residual stream, any other what its backward pass needs; beside them one layer's whole working set. The head holds
+    its logits and their gradient. Compared with allocations by ``components.pretraining.dry_run``, see
+    docs/pretraining.md.
 
     Args:
         model: the architecture.
@@ -153,17 +156,20 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     held = dense + local_experts
     sharded = dense / max(1, processes) + local_experts / max(1.0, processes / size)
     tokens = max(config.micro_batch(i) * stage.context for i, stage in enumerate(config.stages))
-    bucket = min(held, _BUCKET_ELEMENTS) * width_bytes
-    gradients = held * width_bytes
+    buckets = min(held, _BUCKET_ELEMENTS) * (
+        2.0 * width_bytes + 4.0
+    )  # ZeRO-2: two, and a copy that travels in fp32
     table = float(model.vocab_size * model.hidden_size)
     gate_up = local_experts / model.num_hidden_layers * 2 / 3  # one layer's
-    sums_in_fp32 = config.zero_stage >= 2 and width_bytes == 2
-    if sums_in_fp32:
+    if config.zero_stage == 1:
+        # Sums of whole gradients; then either one tensor's on its way there, or this process's part of their mean.
+        gradients = held * 4.0 + max(max(table, gate_up) * width_bytes, sharded * 4.0)
+    elif width_bytes == 2:
         # The fp32 sums over micro-steps, and the one tensor that is being added to them.
-        gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + 2 * bucket
-    elif config.zero_stage >= 2:
+        gradients = (sharded + min(sharded, max(table, gate_up))) * 4.0 + buckets
+    else:
         # DeepSpeed keeps a whole tensor wherever the partition overlaps it.
-        gradients = min(held, sharded + table + gate_up) * width_bytes + 2 * bucket
+        gradients = min(held, sharded + table + gate_up) * width_bytes + buckets
     heads = model.num_attention_heads * model.head_dim
     imbalance = 1.0 if size == 1 else min(float(size), _IMBALANCE)
     rows = tokens * model.moe_num_active_primary_experts
@@ -191,8 +197,8 @@ def memory_by_part(model: SmallThinkerConfig, config: PretrainConfig, processes:
     }
     if size > 1:
         parts["all-to-all buffers"] = exchange_bytes * max(1, layers - recomputed)
-    # In the optimizer step activations are freed, and the sharded gradients are copied to fp32 unless they are already.
-    step_bytes = 0.0 if sums_in_fp32 else sharded * ((4.0 + width_bytes) if width_bytes == 2 else 4.0)
+    # In the optimizer step activations are freed, and ZeRO-2 in fp32 copies the sharded gradients into one tensor.
+    step_bytes = sharded * 4.0 if config.zero_stage >= 2 and width_bytes == 4 else 0.0
     if step_bytes > activations + logits:
         parts["optimizer step, beyond"] = step_bytes - activations - logits
     if config.hardware.gpus:
@@ -227,13 +233,12 @@ def estimate_run(
         problems.append(str(error).rstrip("."))
     stages = []
     for span in Curriculum(config).spans:
-        stage, micro = span.stage, config.micro_batch(span.index)
-        accumulation = stage.sequences_per_step / (micro * processes)
-        if accumulation != int(accumulation) or accumulation < 1:
-            problems.append(
-                f"{span.name}: {stage.sequences_per_step} sequences cannot be cut into micro-batches of {micro} on "
-                f"{processes} processes"
-            )
+        stage = span.stage
+        try:
+            cut = BatchCut.of(config, span.index, processes)
+        except StageError as error:
+            problems.append(str(error).rstrip("."))
+            cut = BatchCut.of(config, span.index, stage.sequences_per_step)
         tokens = float(stage.steps * stage.context * stage.sequences_per_step)
         flops = training_flops_per_token(model, stage.context)
         speed = max(1, hardware.gpus) * hardware.peak_tflops * 1e12 * hardware.assumed_mfu
@@ -244,16 +249,12 @@ def estimate_run(
                 context=stage.context,
                 steps=stage.steps,
                 tokens_per_step=stage.context * stage.sequences_per_step,
-                micro_batch=micro,
-                accumulation=accumulation,
+                micro_batch=cut.micro_batch,
+                accumulation=cut.micro_steps,
+                padding=1.0 - stage.sequences_per_step / cut.computed_rows,
                 flops_per_token=flops,
                 days=tokens * flops / speed / 86_400,
             )
-        )
-    if not groups_fit(config.load_balance_groups, processes):
-        problems.append(
-            f"load_balance_groups is {config.load_balance_groups}; on {processes} processes it must divide them or be "
-            "a multiple of them"
         )
     needed = sum(memory.values())
     if hardware.gpus and needed > limit:

@@ -167,7 +167,7 @@ def _full_size(
         hardware=hardware,
         precision="bf16",  # [ours] with fp32 master weights in the optimizer
         export_dtype="bf16",  # as the released checkpoints
-        zero_stage=2,  # [ours] partitions the gradients too, so that a long stage 3 fits, and sums micro-steps in fp32
+        zero_stage=1,  # [ours] gradients are summed where they are made and sent once a step; there is room for that
         expert_parallel=expert_parallel,
         loss_chunk_tokens=4096,  # [ours] 151,936 logits a token: a whole long sequence's would fill the GPU
         compile_layers=True,  # [ours] norms and RoPE in one pass each; experts stay as they are, their sizes vary

@@ -47,18 +47,22 @@ def gradient_of_one(config: PretrainConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "expert_parallel"),
-    [(1, 1), *(pytest.param(2, size, marks=pytest.mark.campaign) for size in (1, 2))],
+    ("zero_stage", "world", "expert_parallel"),
+    [
+        (1, 1, 1),
+        (2, 1, 1),
+        *(pytest.param(stage, 2, size, marks=pytest.mark.campaign) for stage in (1, 2) for size in (1, 2)),
+    ],
 )
 def test_the_optimizer_gets_the_sum_of_all_micro_steps(
-    tmp_path: Path, children: Children, world: int, expert_parallel: int
+    tmp_path: Path, children: Children, zero_stage: int, world: int, expert_parallel: int
 ) -> None:
     batch = MICRO_STEPS * world
     stage = stage_config(sequences_per_step=batch, tokens=20 * batch * CONTEXT)
     values = run_config(
         stages=[stage] * 3,
         precision="bf16",
-        zero_stage=2,
+        zero_stage=zero_stage,
         sequences_per_micro_batch=1,
         expert_parallel=expert_parallel,
     )

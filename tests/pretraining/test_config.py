@@ -47,15 +47,11 @@ def stages(**first: Any) -> dict[str, Any]:
             (f"optimizer.warmup_steps is {STEPS}", f"the run has {STEPS} steps", f"0 to {STEPS - 1} are allowed"),
         ),
         (
-            stages(sequences_per_step=BATCH - 1),
+            run_config(load_balance_groups=BATCH // 2 + 1),
             (
-                f"stages[0].sequences_per_step is {BATCH - 1}",
-                f"multiple of the micro-batch, which is 4 sequences at context {CONTEXT}",
+                f"load_balance_groups is {BATCH // 2 + 1}",
+                f"stages[2] has {BATCH // 2} sequences a step, so 1 to {BATCH // 2} are allowed",
             ),
-        ),
-        (
-            run_config(load_balance_groups=3),
-            ("load_balance_groups is 3", "stages[0] has 2 micro-batches a step, and only their divisors"),
         ),
         (run_config(stages=[stage_config()] * 2), ("stages", "at least 3")),
         (run_config(precision="fp16"), ("precision = 'fp16'", "'auto', 'fp32' or 'bf16'")),

@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from components.corpus.categories import CATEGORIES
 from components.pretraining.config import PretrainConfig
-from components.pretraining.data.accumulation import accumulation_steps
+from components.pretraining.data.accumulation import BatchCut
 from components.pretraining.data.curriculum import Curriculum
 from components.pretraining.data.ordering import SequenceOrder, Sequences, effective_mixture
 from model.masks import document_ids
@@ -40,18 +41,30 @@ class MicroBatch:
             is the first position of the next, so that first words are learned and nothing is left out of the loss.
         labels_BT: ``input_ids`` again (the model shifts).
         category_B: index into ``CATEGORIES`` of every row.
+        padding: how many of the last rows are padding, of documents -1. They are there so that all passes have the
+            same shape, and count for nothing.
     """
 
     input_ids_BT: torch.Tensor
     document_ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     category_B: torch.Tensor
+    padding: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows that are no padding; they come first."""
+        return len(self.category_B) - self.padding
 
     def pinned(self) -> MicroBatch:
         """The same in pinned memory, from where copies to a GPU run beside its work."""
         input_ids_BT = self.input_ids_BT.pin_memory()
         return MicroBatch(
-            input_ids_BT, self.document_ids_BT.pin_memory(), input_ids_BT, self.category_B.pin_memory()
+            input_ids_BT,
+            self.document_ids_BT.pin_memory(),
+            input_ids_BT,
+            self.category_B.pin_memory(),
+            self.padding,
         )
 
 
@@ -117,45 +130,45 @@ class BatchSource:
     def rank_groups(
         self, step: int, rank: int, world: int, readers: Executor | None = None
     ) -> list[list[MicroBatch]]:
-        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group; ``readers`` read rows side by side.
+        """Rank ``rank``'s micro-batches of a step, in order, by load-balance group; see :class:`BatchCut`.
 
-        The global batch is cut into ``load_balance_groups`` equal contiguous slices. With more ranks than groups,
-        ``world / groups`` neighbouring ranks share one; with fewer, a rank takes several, one after the other. Within
-        a group, micro-step a of its n-th of R ranks takes rows ``[(a * R + n) * m, … + m)``, m being the micro-batch.
+        ``readers`` read rows side by side.
         """
         span = self.curriculum.at(step)
-        micro = self._config.micro_batch(span.index)
         sequences = self.sequences(step)
-        per_rank = accumulation_steps(self._config, span.index, world)
-        groups = self._config.load_balance_groups
-        sharing, taken = max(1, world // groups), max(1, groups // world)
-        first_group, place = (rank // sharing, rank % sharing) if taken == 1 else (rank * taken, 0)
-        rows = span.stage.sequences_per_step // groups
-        result = []
-        for group in range(first_group, first_group + taken):
-            starts = [group * rows + (a * sharing + place) * micro for a in range(per_rank // taken)]
-            result.append(
-                [
-                    self._micro_batch(sequences, slice(start, start + micro), span.stage.context, readers)
-                    for start in starts
-                ]
-            )
+        cut = BatchCut.of(self._config, span.index, world)
+        result = [
+            [
+                self._micro_batch(
+                    sequences, cut.rows(rank, turn, number), cut.micro_batch, span.stage.context, readers
+                )
+                for number in range(cut.micro_steps_per_group)
+            ]
+            for turn in range(cut.turns)
+        ]
         # All reads have begun before the first one is waited for.
         return [[end() for end in group] for group in result]
 
     def _micro_batch(
-        self, sequences: Sequences, rows: slice, context: int, readers: Executor | None
+        self, sequences: Sequences, rows: slice, size: int, context: int, readers: Executor | None
     ) -> Callable[[], MicroBatch]:
+        """``rows`` of the batch, with padding to ``size`` rows; the call of what this returns ends their reads."""
         part = Sequences(sequences.category_B[rows], sequences.start_B[rows])
         read = self._begin(part, context, readers)
 
         def end() -> MicroBatch:
             input_ids_BT = read()
+            padding = size - len(input_ids_BT)
+            documents_BT = document_ids(input_ids_BT, self._eos_id)
+            if padding:
+                input_ids_BT = F.pad(input_ids_BT, (0, 0, 0, padding))
+                documents_BT = F.pad(documents_BT, (0, 0, 0, padding), value=-1)
             return MicroBatch(
                 input_ids_BT=input_ids_BT,
-                document_ids_BT=document_ids(input_ids_BT, self._eos_id),
+                document_ids_BT=documents_BT,
                 labels_BT=input_ids_BT,
-                category_B=torch.from_numpy(part.category_B),
+                category_B=F.pad(torch.from_numpy(part.category_B), (0, padding)),
+                padding=padding,
             )
 
         return end

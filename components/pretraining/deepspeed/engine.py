@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from components.artifacts import StageError
 from components.pretraining.config import OptimizerPart, PretrainConfig
-from components.pretraining.data.accumulation import accumulation_steps
+from components.pretraining.data.accumulation import BatchCut
+from components.pretraining.deepspeed.gradients import GradientSums
 from components.pretraining.processes.ranks import Ranks
 from components.weights.optimizer import parameter_groups
 
@@ -30,22 +31,24 @@ _UNIVERSAL = {"universal_checkpoint_version": 0.4}
 def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict[str, Any]:
     """DeepSpeed's own config for ``world`` processes at the first training stage.
 
-    Gradients of micro-steps are summed in fp32, but for bf16 with ZeRO-1: there the setting makes DeepSpeed 0.19.8 take
-    another optimizer class, for whose checkpoints, gradient norms and skipped steps this package is not written.
+    Gradients travel in fp32. With ZeRO-1 :class:`GradientSums` sums and reduces them, so DeepSpeed gets no bucket; with
+    ZeRO-2 it sums its part over micro-steps in fp32. Batch sizes include the padding of an uneven cut.
     """
-    micro = config.micro_batch(0)
-    sums = {"grad_accum_dtype": "fp32"} if config.zero_stage >= 2 or precision == "fp32" else {}
+    cut = BatchCut.of(config, 0, world)
+    partitioned = config.zero_stage >= 2
     return {
-        "train_batch_size": config.stages[0].sequences_per_step,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation_steps(config, 0, world),
+        "train_batch_size": cut.computed_rows,
+        "train_micro_batch_size_per_gpu": cut.micro_batch,
+        "gradient_accumulation_steps": cut.micro_steps,
         "gradient_clipping": config.optimizer.clip_norm,
+        "communication_data_type": "fp32",
         "bf16": {"enabled": precision == "bf16"},
-        "data_types": sums,
+        "data_types": {"grad_accum_dtype": "fp32"} if partitioned or precision == "fp32" else {},
         "zero_optimization": {
             "stage": config.zero_stage,
-            "overlap_comm": world > 1 and config.device == "cuda",
+            "overlap_comm": partitioned and world > 1 and config.device == "cuda",
             "contiguous_gradients": True,
+            **({} if partitioned else {"reduce_bucket_size": 1}),
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
@@ -105,7 +108,12 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
 
     Returns:
         ``deepspeed.DeepSpeedEngine``.
+
+    Raises:
+        StageError: a training stage has fewer sequences than there are ranks.
     """
+    for stage in range(len(config.stages)):  # now, and not weeks later when the stage begins
+        BatchCut.of(config, stage, ranks.world)
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed  # type: ignore[import-untyped]
@@ -120,14 +128,15 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
         config=deepspeed_config(config, ranks.world, ranks.precision),
         dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )
+    if config.zero_stage == 1:
+        GradientSums(engine)
     return engine
 
 
 def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | None:
-    """The ranks with which this one shares a load-balance group; ``None`` alone."""
-    accumulation_steps(config, 0, ranks.world)
-    size = ranks.world // config.load_balance_groups
-    if size <= 1:
+    """The ranks with which this one shares load-balance groups; ``None`` alone."""
+    size = BatchCut.of(config, 0, ranks.world).sharing
+    if size == 1:
         return None
     if size == ranks.world:
         return dist.group.WORLD
@@ -142,10 +151,9 @@ def _balance_group(config: PretrainConfig, ranks: Ranks) -> dist.ProcessGroup | 
 
 def enter_training_stage(engine: Any, config: PretrainConfig, stage: int, world: int) -> None:
     """Set the batch size of the engine and the RoPE base of the model to those of a training stage (0-based)."""
-    micro = config.micro_batch(stage)
-    accumulation_steps(config, stage, world)
-    engine.set_train_micro_batch_size(micro)
-    engine.set_train_batch_size(config.stages[stage].sequences_per_step)
+    cut = BatchCut.of(config, stage, world)
+    engine.set_train_micro_batch_size(cut.micro_batch)
+    engine.set_train_batch_size(cut.computed_rows)
     engine.module.config.rope_theta = config.stages[stage].rope_theta
 
 

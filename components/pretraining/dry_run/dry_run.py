@@ -5,7 +5,7 @@ shape, a dtype and a device and no memory: the branches for CUDA are taken, thei
 would synchronise the host with the GPU is an error or listed. Says what the step would allocate, and a lower bound of
 its time.
 
-What stands in: DeepSpeed's engine (``FakeEngine`` allocates what its ZeRO 1 and 2 do; there are no collectives) and
+What stands in: DeepSpeed's engine (``FakeEngine`` allocates what ``GradientSums`` or ZeRO-2 do; no collectives) and
 Inductor (``fused_regions``; graphs are captured as for it). No kernel runs, so nothing is said about values.
 Also called by ``python -m components.pretraining.studies.benchmark --dry-run``.
 """
@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.artifacts import StageError
@@ -32,7 +33,7 @@ _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce bucket
 
 
 class FakeEngine:
-    """Stands for DeepSpeed's engine around ``model`` in bf16 with ZeRO 1 or 2 (version 0.19.8, ``stage_1_and_2.py``).
+    """Stands for DeepSpeed's engine around ``model`` in bf16: ZeRO-1 with ``GradientSums``, or ZeRO-2 (version 0.19.8).
 
     Args:
         model: its weights in the working dtype.
@@ -74,13 +75,21 @@ class FakeEngine:
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
-        self._reduced: list[Any] = []  # ZeRO-1: whole gradients
-        self._sums: dict[int, Any] = {}  # ZeRO-2: by group, of micro-steps, in fp32
+        self._sums: dict[
+            int, Any
+        ] = {}  # by group, over micro-steps, in fp32: ZeRO-1 whole, ZeRO-2 this process's part
         self._bucket: list[Any] = []
-        if self._partitioned:
-            for parameters in self._groups:
-                for parameter in parameters:
-                    parameter.register_post_accumulate_grad_hook(self._reduce)
+        if not self._partitioned:
+            for number, parameters in enumerate(self._groups):
+                size = sum(parameter.numel() for parameter in parameters)
+                self._sums[number] = torch.zeros(size, dtype=torch.float32, device="cuda")
+            ledger.label(self._sums.values(), "gradients")
+        for number, parameters in enumerate(self._groups):
+            start = 0
+            for parameter in parameters:
+                reduce = self._reduce if self._partitioned else partial(self._add, number, start)
+                parameter.register_post_accumulate_grad_hook(reduce)
+                start += parameter.numel()
         ledger.label(model.parameters(), "weights")
         states = [value for state in self._optimizer.state.values() for value in state.values()]
         ledger.label([*self._masters, *states], "master weights and moments")
@@ -100,16 +109,18 @@ class FakeEngine:
             ]
             self._ledger.label(self._bucket, "gradients")
 
+    def _add(self, group: int, start: int, parameter: Any) -> None:
+        """A finished gradient is added to the group's sums, as ``GradientSums`` does."""
+        gradient, parameter.grad = parameter.grad, None
+        with self._torch.no_grad():
+            self._sums[group][start : start + gradient.numel()].view_as(gradient).add_(gradient)
+
     def _reduce(self, parameter: Any) -> None:
         """A finished gradient goes through the bucket; what this process keeps is copied, or added in fp32."""
         gradient, parameter.grad = parameter.grad, None
         if gradient.numel() <= _BUCKET_ELEMENTS:
             self._bucket[0][: gradient.numel()].copy_(gradient.view(-1))
         if id(parameter) not in self._places:
-            return
-        if not self._partitioned:
-            self._reduced.append((parameter, gradient.clone()))
-            self._ledger.label([self._reduced[-1][1]], "gradients")
             return
         group, start = self._places[id(parameter)]
         if group not in self._sums:
@@ -118,7 +129,7 @@ class FakeEngine:
         place = self._sums[group][start : start + gradient.numel()]
         place.add_(gradient.view(-1)[: place.numel()].to(self._torch.float32))
 
-    def backward(self, loss: Any) -> None:
+    def backward(self, loss: Any, scale_wrt_gas: bool = True) -> None:
         """Gradients of one micro-step."""
         self._ledger.phase = "backward"
         if self._partitioned:
@@ -132,29 +143,23 @@ class FakeEngine:
         torch, ledger = self._torch, self._ledger
         ledger.phase = "step"
         with torch.no_grad(), ledger.within("optimizer"):
-            if not self._partitioned:
-                self._open_buckets()
-                for parameters in self._groups:
-                    for parameter in parameters:
-                        if parameter.grad is not None:
-                            self._reduce(parameter)
             self._bucket = []
-            kept = {id(parameter): gradient for parameter, gradient in self._reduced}
-            for gradient in (*kept.values(), *self._sums.values()):
-                gradient.float().norm()
+            means = self._sums
+            if not self._partitioned:
+                means = {
+                    number: torch.empty_like(master).div_(1.0) for number, master in enumerate(self._masters)
+                }
+                ledger.label(means.values(), "gradients")
+                for sums in self._sums.values():
+                    sums.zero_()
+            for gradient in means.values():
+                gradient.norm()
             for number, (parameters, master) in enumerate(zip(self._groups, self._masters, strict=True)):
-                if self._partitioned:
-                    master.grad = self._sums.pop(number)
-                else:
-                    flat = torch.cat([kept[id(p)].view(-1) for p in parameters if id(p) in kept])
-                    master.grad = flat[: master.numel()].to(torch.float32)
-                    ledger.label([master.grad], "gradients")
-                    del flat
+                master.grad = means.pop(number)
                 master.grad.mul_(1.0)  # clipping
                 self._optimizer.step()
                 master.grad = None
                 master.to(parameters[0].dtype)  # into the flat weights
-            self._reduced, kept = [], {}
         ledger.phase = "forward"
 
 

@@ -122,7 +122,6 @@ class Replay:
         """Forward and backward over the batch; gradients of its mean loss gather in the model."""
         sequences = self._source.sequences(self.step)
         groups = self._source.rank_groups(self.step, 0, 1)  # one process takes the rows in order
-        micro_steps = sum(map(len, groups))
         row = 0
         self.model.train()
         self.model.zero_grad()
@@ -132,11 +131,13 @@ class Replay:
                     for batch in group:
                         self._forward(batch)
             for batch in group:
+                if not batch.rows:
+                    continue
                 out = self._forward(batch)
-                losses_BT = token_losses(out.logits, batch.labels_BT)
+                losses_BT = token_losses(out.logits[: batch.rows], batch.labels_BT[: batch.rows])
                 loss = training_loss(losses_BT.mean(), out, self.config)
-                (loss / micro_steps).backward()
-                for losses_T, ids_T in zip(losses_BT.detach(), batch.input_ids_BT, strict=True):
+                (loss * batch.rows / len(sequences.start_B)).backward()
+                for losses_T, ids_T in zip(losses_BT.detach(), batch.input_ids_BT[: batch.rows], strict=True):
                     yield SequenceReport(
                         row=row,
                         loss=float(losses_T.mean()),

@@ -84,14 +84,18 @@ class RouterEntropy:
             return
         with torch.no_grad():
             log_p_TE = F.log_softmax(routing.logits_TE.detach().float(), dim=-1)
-            entropy = -(log_p_TE.exp() * log_p_TE).sum(-1).mean() / math.log(log_p_TE.shape[-1])
-        self._values.append(entropy)
+            self._values.append(-(log_p_TE.exp() * log_p_TE).sum(-1))
+        self._most = math.log(log_p_TE.shape[-1])
 
-    def take(self) -> Tensor:
-        """Entropies ``[L]`` of the last forward; call it between forward and backward (which may recompute layers)."""
-        values = torch.stack(self._values[-self._layers :])
+    def take(self, tokens: int | None = None) -> Tensor:
+        """Entropies ``[L]`` of the last forward; call it between forward and backward (which may recompute layers).
+
+        Args:
+            tokens: only the first ``tokens`` count, the rest are padding; ``None``: all.
+        """
+        values_LT = torch.stack(self._values[-self._layers :])[:, :tokens]
         self._values.clear()
-        return values
+        return values_LT.mean(dim=1) / self._most if tokens != 0 else values_LT.new_zeros(self._layers)
 
 
 class StepMeter:
@@ -107,22 +111,22 @@ class StepMeter:
 
     @torch.no_grad()
     def add(self, batch: MicroBatch, losses_BT: Tensor, ce: Tensor, out: Any, entropy_L: Tensor) -> None:
-        """Take one micro-step into account."""
-        at, sums = self._layout.slices, self._sums
-        category_B = batch.category_B.to(sums.device, non_blocking=True)
-        nats_B = losses_BT.detach().double().sum(dim=1)
+        """Take one micro-step into account; means weigh as much as it has rows that are no padding."""
+        at, sums, weight = self._layout.slices, self._sums, batch.rows / len(batch.category_B)
+        category_B = batch.category_B[: batch.rows].to(sums.device, non_blocking=True)
+        nats_B = losses_BT[: batch.rows].detach().double().sum(dim=1)
         targets_B = torch.full_like(nats_B, losses_BT.shape[1])
-        sums[at["micro_steps"]] += 1
-        sums[at["ce"]] += ce.detach()
-        sums[at["load_balance"]] += out.load_balance_loss.detach()
-        sums[at["router_z"]] += out.router_z_loss.detach()
+        sums[at["micro_steps"]] += weight
+        sums[at["ce"]] += ce.detach().double() * weight
+        sums[at["load_balance"]] += out.load_balance_loss.detach().double() * weight
+        sums[at["router_z"]] += out.router_z_loss.detach().double() * weight
         sums[at["tokens"]] += out.router_stats.tokens
         sums[at["nats_by_category"]].index_add_(0, category_B, nats_B)
         sums[at["targets_by_category"]].index_add_(0, category_B, targets_B)
         sums[at["expert_counts"]] += out.router_stats.expert_counts.flatten()
         sums[at["active_neurons"]] += out.router_stats.active_neurons
-        sums[at["router_entropy"]] += entropy_L.to(sums.device)
-        sums[at["mean_scores"]] += out.router_stats.mean_scores.flatten()
+        sums[at["router_entropy"]] += entropy_L.to(sums.device).double() * weight
+        sums[at["mean_scores"]] += out.router_stats.mean_scores.flatten().double() * weight
 
     @torch.no_grad()
     def add_group(self, counts_LE: Tensor) -> None:

@@ -72,24 +72,34 @@ class TrainingStep:
         return through(
             input_ids=batch.input_ids_BT.to(device, non_blocking=True),
             document_ids=batch.document_ids_BT.to(device, non_blocking=True),
-            padded=False,  # rows are whole windows; looking would synchronise with the device
+            padded=batch.padding
+            > 0,  # other rows are whole windows; looking would synchronise with the device
             use_cache=False,
             logits_to_keep=1,  # the loss applies the output matrix itself
             output_hidden_states=True,
         )
 
-    def micro_step(self, batch: MicroBatch) -> None:
-        """Forward and backward of one micro-batch."""
+    def micro_step(self, batch: MicroBatch, weight: float = 1.0) -> None:
+        """Forward and backward of one micro-batch.
+
+        Args:
+            batch: its rows of padding take part in the collectives and in nothing else.
+            weight: of its loss in the step's gradients, which are the mean over the ranks of their weighted sums.
+        """
         config, engine = self._config, self._engine
         labels_BT = batch.labels_BT.to(self._ranks.device, non_blocking=True)
         out = self._forward(batch, engine)
+        rows = max(1, batch.rows)  # a rank without a row, whose weight is 0, takes part with one of padding
         with part("head and loss"):
             ce, losses_BT = fused_token_losses(
-                out.hidden_states[-1], engine.module.lm_head.weight, labels_BT, config.loss_chunk_tokens
+                out.hidden_states[-1][:rows],
+                engine.module.lm_head.weight,
+                labels_BT[:rows],
+                config.loss_chunk_tokens,
             )
-            loss = training_loss(ce, out, config)
-        self._meter.add(batch, losses_BT, ce, out, self._entropy.take())
-        engine.backward(loss)
+            loss = training_loss(ce, out, config) * weight
+        self._meter.add(batch, losses_BT, ce, out, self._entropy.take(batch.rows * batch.labels_BT.shape[1]))
+        engine.backward(loss, scale_wrt_gas=False)
 
     def _count_exactly(self, group: Sequence[MicroBatch]) -> None:
         """Run a load-balance group once without gradients, so that its counts are those of all its tokens."""
@@ -107,14 +117,15 @@ class TrainingStep:
         self._engine.train()
         self._meter.reset()
         left, balance = sum(map(len, groups)), self._engine.module.balance
+        sequences = self._source.curriculum.at(step).stage.sequences_per_step
         for group in groups:
             if self._config.load_balance_counts == "exact":
                 self._count_exactly(group)
             for batch in group:
-                self.micro_step(batch)
                 left -= 1
-                if left:
-                    self._engine.step()  # within gradient accumulation this only counts the micro-step
+                # DeepSpeed would count micro-steps over the whole process, whatever a training stage's batch.
+                self._engine.set_gradient_accumulation_boundary(left == 0)
+                self.micro_step(batch, batch.rows * self._ranks.world / sequences)
             self._meter.add_group(balance.counts)
             balance.reset()
         pooled = self._meter.pooled()
