@@ -82,12 +82,12 @@ class CausalLMOutput(ModelOutput):
     """Output of :class:`SmallThinkerForCausalLM`.
 
     Attributes:
-        loss: ``ce_loss + load_balance_coef * load_balance_loss + router_z_coef * router_z_loss``; with
-            labels only.
+        loss: ``ce_loss + load_balance_coef * sum(load_balance_loss) + router_z_coef * sum(router_z_loss)``, sums
+            over layers; with labels only.
         logits: ``[B, T, V]``, or the last ``logits_to_keep`` positions, in the model's dtype.
         ce_loss: mean next-token cross-entropy in nats; with labels only.
-        load_balance_loss: unweighted, 1 at perfect balance.
-        router_z_loss: unweighted mean over layers.
+        load_balance_loss: ``[L]``, unweighted, each 1 at perfect balance.
+        router_z_loss: ``[L]``, unweighted.
         router_stats: see :class:`RouterStats`.
         past_key_values: the cache, when used.
         hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times
@@ -319,7 +319,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             load_balance_loss=load_balance_loss(frequencies_LE, mean_scores_LE),
-            router_z_loss=torch.stack([output.z_loss for output in outputs]).mean(),
+            router_z_loss=torch.stack([output.z_loss for output in outputs]),
             router_stats=RouterStats(
                 expert_counts=counts_LE,
                 active_neurons=active_LE.sum(dim=1),
@@ -488,8 +488,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             assert outputs.load_balance_loss is not None and outputs.router_z_loss is not None
             loss = (
                 ce_loss
-                + self.config.load_balance_coef * outputs.load_balance_loss
-                + self.config.router_z_coef * outputs.router_z_loss
+                + self.config.load_balance_coef * outputs.load_balance_loss.sum()
+                + self.config.router_z_coef * outputs.router_z_loss.sum()
             )
         return CausalLMOutput(
             loss=loss,

@@ -140,6 +140,9 @@ class PretrainConfig(StageConfig):
             "spike_ratio",
             "on_spike",
             "max_skips",
+            # What is said about the run.
+            "dead_expert_share",
+            "dead_expert_intervals",
         }
     )
 
@@ -151,7 +154,7 @@ class PretrainConfig(StageConfig):
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
     evaluation: EvaluationPart = Field(default_factory=EvaluationPart)
     load_balance_coef: float = Field(
-        default=0.008, ge=0.0, le=1.0, description="weight of the load-balance loss"
+        default=0.008, ge=0.0, le=1.0, description="weight of each layer's load-balance loss"
     )
     load_balance_groups: int = Field(
         default=1,
@@ -167,7 +170,9 @@ class PretrainConfig(StageConfig):
         default="running",
         description="running: counts of the micro-steps so far; exact: of the whole group, by a first forward pass",
     )
-    router_z_coef: float = Field(default=1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
+    router_z_coef: float = Field(
+        default=1e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss"
+    )
     absent_category: Literal["error", "renormalise"] = Field(
         default="renormalise", description="what to do when the shards lack a category that a mixture wants"
     )
@@ -250,6 +255,19 @@ class PretrainConfig(StageConfig):
         ge=1,
         le=10_000,
         description="steps skipped in a row after which the run stops all the same",
+    )
+
+    dead_expert_share: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="share of its layer's mean load below which an expert counts as dead",
+    )
+    dead_expert_intervals: int = Field(
+        default=10,
+        ge=1,
+        le=10_000,
+        description="logged intervals in a row that an expert is dead before an alarm is raised",
     )
 
     @field_validator("zero_stage", mode="before")

@@ -22,6 +22,7 @@ from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPL
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
 from components.pretraining.checkpoints.progress import (
+    LOSS_KEY,
     RunRecord,
     align_metrics,
     describe_run,
@@ -39,6 +40,7 @@ from components.pretraining.deepspeed.master_weights import MasterWeights, expor
 from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.interruption import Interruption
 from components.pretraining.processes.ranks import Ranks, describe_mesh
+from components.pretraining.training.dead_experts import DeadExperts
 from components.pretraining.training.guard import LossGuard
 from components.pretraining.training.telemetry import Interval
 from components.pretraining.training.training_step import TrainingStep
@@ -92,6 +94,7 @@ class Trainer:
         self._training = TrainingStep(self._engine, config, self._source, ranks)
         self._interval = Interval(self._training.layout)
         self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
+        self._dead = DeadExperts(config.dead_expert_share, config.dead_expert_intervals)
         self._collectives = Collectives(ranks)
         self._saver = Saver(self._store, ranks, ranks.mesh(), config.seal_in_background)
         self._step = 0
@@ -135,6 +138,7 @@ class Trainer:
             self._step = int(state["step"])
             self._interval.load_state(state["interval"])
             self._guard.load_state(state["guard"])
+            self._dead.load_state(state["dead_experts"])
             self._note_once(f"Resumed from the checkpoint of step {self._step}.")
         if self._ranks.is_first:
             self._guard.write(self._context.out)
@@ -147,6 +151,7 @@ class Trainer:
             "step": self._step,
             "interval": self._interval.to_state(),
             "guard": self._guard.to_state(),
+            "dead_experts": self._dead.to_state(),
         }
         self._saver.save(self._engine, self._step, state)
 
@@ -210,9 +215,16 @@ class Trainer:
         )
 
     def _log_interval(self, tokens: int, elapsed_s: float, waited_s: float, flops_per_token: float) -> None:
+        loads_LE = self._interval.loads()
         metrics = self._interval.drain()
+        alarm = None
+        if LOSS_KEY in metrics:
+            alarm = self._dead.watch(loads_LE, self._step)
+            metrics.update(self._dead.metrics(loads_LE))
         if not self._ranks.is_first:
             return
+        if alarm is not None:
+            tqdm.write(alarm, file=sys.stderr)
         metrics["train/lr"] = self._curriculum.learning_rate(self._step - 1)
         metrics["train/tokens"] = float(self._curriculum.tokens_before(self._step))
         rate = tokens / max(elapsed_s, 1e-9)
@@ -315,9 +327,11 @@ class Trainer:
             self._saver.wait()
         finally:
             self._saver.settle()
-        # 6) Steps that the guard dropped belong into the manifest.
+        # 6) Steps that the guard dropped and experts that died belong into the manifest.
         for skipped in self._guard.skipped:
             self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
+        for alarm in self._dead.alarms:
+            self._note_once(alarm)
         return self._record.values
 
     def _note_setting(self) -> None:

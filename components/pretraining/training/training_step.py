@@ -37,10 +37,9 @@ class Gradients:
 
 
 def training_loss(ce: Tensor, out: Any, config: PretrainConfig) -> Tensor:
-    """What is minimised: the mean cross-entropy and the routers' two losses at their weights."""
-    loss: Tensor = (
-        ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
-    )
+    """What is minimised: the mean cross-entropy and, summed over layers, the routers' two losses at their weights."""
+    balance, router_z = out.load_balance_loss.sum(), out.router_z_loss.sum()
+    loss: Tensor = ce + config.load_balance_coef * balance + config.router_z_coef * router_z
     return loss
 
 
