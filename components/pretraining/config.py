@@ -138,8 +138,12 @@ class PretrainConfig(StageConfig):
             "save_grace_s",
             # What a loss spike leads to: a run without one is the same under every policy; skipped steps are noted.
             "spike_ratio",
+            "grad_spike_ratio",
             "on_spike",
             "max_skips",
+            "max_skips_per_1000",
+            "rewind_steps",
+            "max_rewinds",
             # What is said about the run.
             "dead_expert_share",
             "dead_expert_intervals",
@@ -246,15 +250,37 @@ class PretrainConfig(StageConfig):
         le=100.0,
         description="a loss above this multiple of the recent median is a spike",
     )
-    on_spike: Literal["stop", "skip"] = Field(
+    grad_spike_ratio: float = Field(
+        default=10.0,
+        gt=1.0,
+        le=1e6,
+        description="a gradient norm, before clipping, above this multiple of the recent median is a spike",
+    )
+    on_spike: Literal["stop", "skip", "rewind"] = Field(
         default="stop",
-        description="what a spike, or a loss or gradient that is not finite, leads to: stop the run, or skip the step",
+        description="what a spike, or a loss or gradient that is not finite, leads to: stop the run, skip the step, or "
+        "go back to an earlier checkpoint and pass over the batches around it",
     )
     max_skips: int = Field(
         default=10,
         ge=1,
         le=10_000,
         description="steps skipped in a row after which the run stops all the same",
+    )
+    max_skips_per_1000: int = Field(
+        default=50,
+        ge=1,
+        le=1000,
+        description="steps skipped among the last 1,000 after which the run stops all the same",
+    )
+    rewind_steps: int = Field(
+        default=100,
+        ge=1,
+        le=100_000,
+        description="steps before and after a spike whose batches on_spike = rewind passes over",
+    )
+    max_rewinds: int = Field(
+        default=10, ge=1, le=1000, description="rewinds of a run after which a spike stops it all the same"
     )
 
     dead_expert_share: float = Field(
