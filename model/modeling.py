@@ -11,7 +11,7 @@ Legend: B batch, T tokens, D model, V vocabulary, L layers, E experts, K top-k.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,11 +142,12 @@ class SmallThinkerDecoderLayer(GradientCheckpointingLayer):
         mask: LayerMask,
         valid_T: Tensor | None,
         past_key_values: Cache | None = None,
+        choice_bias_E: Tensor | None = None,
     ) -> LayerOutput:
         """``[B, T, D]`` in, ``[B, T, D]`` and the router's figures out."""
         moe = self.block_sparse_moe
         valid_T = None if torch.compiler.is_exporting() else valid_T
-        routing = moe.primary_router(x_BTD.flatten(0, 1))
+        routing = moe.primary_router(x_BTD.flatten(0, 1), choice_bias_E)
         y_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, past_key_values)
         m_TD = self.post_attention_layernorm(y_BTD).flatten(0, 1)
         out_TD, active_E = moe.experts(m_TD, routing.weights_TK, routing.experts_TK, valid_T)
@@ -200,6 +201,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         self.gradient_checkpointing = False
         self.balance = LoadBalance()
         self.attention_backend: AttentionBackend = "auto"
+        self.choice_bias_LE: Tensor | None = None
         self._record_experts = False
         self.post_init()
 
@@ -289,12 +291,21 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         cos, sin = self.rotary_emb(position_ids, x_BTD.dtype)
         hidden_states = []
         outputs = []
-        for module in self.layers:
+        biases: Iterable[Tensor | None] = (None,) * len(self.layers)
+        if self.training and self.choice_bias_LE is not None:
+            biases = self.choice_bias_LE
+        for module, bias_E in zip(self.layers, biases, strict=True):
             layer = cast(SmallThinkerDecoderLayer, module)
             if output_hidden_states:
                 hidden_states.append(x_BTD)
             output = layer(
-                x_BTD, cos, sin, masks[layer.self_attn.is_windowed], valid_T, past_key_values=cache
+                x_BTD,
+                cos,
+                sin,
+                masks[layer.self_attn.is_windowed],
+                valid_T,
+                past_key_values=cache,
+                choice_bias_E=bias_E,
             )
             output = LayerOutput(*output)
             x_BTD = output.x_BTD
@@ -419,6 +430,16 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
         for module in self.modules():
             if isinstance(module, Experts):
                 module.backend = backend
+
+    def set_router_fp32(self, wanted: bool) -> None:
+        """Compute router logits in float32, whatever the model's dtype."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.in_fp32 = wanted
+
+    def set_choice_bias(self, bias_LE: Tensor | None) -> None:
+        """In training mode, choose experts with these biases; see :meth:`model.experts.Router.forward`."""
+        self.model.choice_bias_LE = bias_LE
 
     @contextmanager
     def record_experts(self) -> Iterator[None]:

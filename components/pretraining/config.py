@@ -174,6 +174,23 @@ class PretrainConfig(StageConfig):
         default="running",
         description="running: counts of the micro-steps so far; exact: of the whole group, by a first forward pass",
     )
+    load_balance_bias_rate: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="step of a bias on the routers' choice that balances without a loss (DeepSeek-V3: 0.001, with "
+        "load_balance_coef 0 or small); 0: no bias. Exports know none, so it fades at the end of the run",
+    )
+    load_balance_bias_fade: float = Field(
+        default=0.1,
+        gt=0.0,
+        le=1.0,
+        description="share of the run's steps, at its end, over which that bias fades to 0",
+    )
+    router_dtype: Literal["model", "fp32"] = Field(
+        default="model",
+        description="of the router's logits: as the weights, or fp32 also where these are bf16",
+    )
     router_z_coef: float = Field(
         default=1e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss"
     )

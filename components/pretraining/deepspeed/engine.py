@@ -85,6 +85,7 @@ def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks:
     from model import LoadBalance
 
     model.balance = LoadBalance(_balance_group(config, ranks))
+    model.set_router_fp32(config.router_dtype == "fp32")
     if config.activation_checkpointing:
         # Nothing in a layer is random, so no RNG state has to be kept for the recomputation.
         keep = {"use_reentrant": False, "preserve_rng_state": False}

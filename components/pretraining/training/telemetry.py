@@ -59,6 +59,10 @@ class Layout:
             config.moe_ffn_hidden_size,
         )
 
+    def expert_counts(self, pooled: Tensor) -> Tensor:
+        """Tokens of a step that chose each expert, ``[L, E]``, from its sums over all ranks."""
+        return pooled[self.slices["expert_counts"]].view(self.layers, self.experts)
+
     def mean_loss(self, pooled: Tensor) -> float:
         """Mean cross-entropy of a step, from its sums over all ranks."""
         return float(pooled[self.slices["ce"]] / pooled[self.slices["micro_steps"]])
@@ -145,7 +149,7 @@ def global_balance(layout: Layout, pooled: Tensor) -> float:
         layout: where the sums lie.
         pooled: one step's sums over all ranks.
     """
-    counts_LE = pooled[layout.slices["expert_counts"]].view(layout.layers, layout.experts)
+    counts_LE = layout.expert_counts(pooled)
     scores_LE = pooled[layout.slices["mean_scores"]].view(layout.layers, layout.experts)
     frequencies_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
     scores_LE = scores_LE / pooled[layout.slices["micro_steps"]].clamp(min=1)

@@ -40,6 +40,7 @@ from components.pretraining.deepspeed.master_weights import MasterWeights, expor
 from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.interruption import Interruption
 from components.pretraining.processes.ranks import Ranks, describe_mesh
+from components.pretraining.training.balance_bias import BalanceBias
 from components.pretraining.training.dead_experts import DeadExperts
 from components.pretraining.training.guard import Limits, LossGuard, SpikeError, stopped
 from components.pretraining.training.spike_record import SPIKES_NAME, SpikeRecord
@@ -111,6 +112,9 @@ class Trainer:
         self._training = TrainingStep(self._engine, config, self._source, ranks)
         self._interval = Interval(self._training.layout)
         self._dead = DeadExperts(config.dead_expert_share, config.dead_expert_intervals)
+        self._bias = BalanceBias(
+            config.load_balance_bias_rate, config.load_balance_bias_fade, self._curriculum.total_steps
+        )
         self._saver = Saver(self._store, ranks, ranks.mesh(), config.seal_in_background)
         self._step = 0
 
@@ -161,6 +165,7 @@ class Trainer:
             self._interval.load_state(state["interval"])
             self._guard.load_state(state["guard"])
             self._dead.load_state(state["dead_experts"])
+            self._bias.load_state(state["balance_bias"])
             self._note_once(f"Resumed from the checkpoint of step {self._step}.")
         self._spikes.returned()
         if checkpoint is None and self._config.on_spike == "rewind":
@@ -179,6 +184,7 @@ class Trainer:
             "interval": self._interval.to_state(),
             "guard": self._guard.to_state(),
             "dead_experts": self._dead.to_state(),
+            "balance_bias": self._bias.to_state(),
         }
         self._saver.save(self._engine, self._step, state)
 
@@ -190,12 +196,14 @@ class Trainer:
         rate = self._curriculum.learning_rate(step)
         for parameters in engine.optimizer.param_groups:
             parameters["lr"] = rate
+        self._bias.apply(engine.module, step)
         gradients, grad_norm = self._training.gradients(step), averaged_grad_norm(engine)
         complaint = self._guard.judge(gradients.loss, grad_norm)
         if complaint is None:
             engine.step()
             self._guard.accept(gradients.loss, grad_norm)
             self._interval.add(gradients.pooled, grad_norm)
+            self._bias.update(self._training.layout.expert_counts(gradients.pooled))
         else:
             self._spike(complaint)
         self._step += 1
