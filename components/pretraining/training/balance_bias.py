@@ -1,9 +1,9 @@
 """Balance by a bias on the routers' choice instead of a loss: ``BalanceBias(1e-3, 0.1, 1000)``.
 
 As in arXiv 2408.15664 and DeepSeek-V3: after every optimizer step an expert that got less than the mean becomes a
-little more attractive, and one that got more a little less. The bias decides which experts are chosen, never their weights, so
-that it adds no gradient. It is made from counts of the whole global batch, so that all ranks hold the same one on any
-mesh, and goes into checkpoints.
+little more attractive, and one that got more a little less. The bias decides which experts are chosen, never their
+weights, so that it adds no gradient. It is made from counts of the whole global batch, so that all ranks hold the same
+one on any mesh, and goes into checkpoints.
 
 The official file format has no such bias, nor have the engines that read it. So it is a help in training only: the
 model's evaluations and exports do without, and towards the end of the run it fades to exactly 0, so that the last
