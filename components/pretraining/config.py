@@ -65,8 +65,13 @@ class TrainingStage(_Part):
 
 
 class OptimizerPart(_Part):
-    """AdamW; matrices of attention, router and experts decay, norms and the embeddings do not."""
+    """AdamW, or Muon beside it; matrices of attention, router and experts decay, norms and the embeddings do not."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices of attention and experts, AdamW for the rest, at one learning rate",
+    )
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="momentum of Muon (Nesterov)")
     peak_lr: float = Field(default=6e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
     final_lr_ratio: float = Field(
         default=0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)"

@@ -68,6 +68,7 @@ def unevenness(out: Path, steps: range) -> float:
     return sum(row["router/load_min"] for row in rows) / len(rows)
 
 
+@pytest.mark.campaign
 def test_a_bias_alone_balances(tmp_path: Path, tokens: Path, children: Children, balanced: Path) -> None:
     children.run(tokens, tmp_path / "without", {**biased(), "load_balance_bias_rate": 0.0})
     assert unevenness(balanced, range(15, 31)) > unevenness(tmp_path / "without", range(15, 31)) + 0.1
@@ -82,6 +83,7 @@ def test_a_killed_run_chooses_alike(tmp_path: Path, tokens: Path, children: Chil
     assert lines(out) == lines(balanced) and weights(out, "stage3") == weights(balanced, "stage3")
 
 
+@pytest.mark.campaign
 def test_two_ranks_that_share_experts_choose_like_one(
     tmp_path: Path, tokens: Path, children: Children, balanced: Path
 ) -> None:

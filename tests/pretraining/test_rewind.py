@@ -101,6 +101,7 @@ def test_a_kill_while_going_back_changes_nothing(
     assert_same_end(out, rewound)
 
 
+@pytest.mark.campaign
 def test_two_ranks_go_back_alike(tmp_path: Path, tokens: Path, children: Children, rewound: Path) -> None:
     config = rewinding(processes=2, expert_parallel=2, zero_stage=2)
     codes, answer = run_ranks(children, write_request(tmp_path / "out", tokens, config), 2)
@@ -112,6 +113,7 @@ def test_two_ranks_go_back_alike(tmp_path: Path, tokens: Path, children: Childre
     assert weights(tmp_path / "out", "stage1") == weights(tmp_path / "out", "stage2")
 
 
+@pytest.mark.campaign
 def test_a_spike_in_the_first_steps_goes_back_to_the_initial_weights(
     tmp_path: Path, tokens: Path, children: Children
 ) -> None:
