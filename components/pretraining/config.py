@@ -73,9 +73,20 @@ class OptimizerPart(_Part):
     )
     muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="momentum of Muon (Nesterov)")
     peak_lr: float = Field(default=6e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
-    final_lr_ratio: float = Field(
-        default=0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)"
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="after warm-up: one cosine, or the peak rate until the last decay_share of the run, then a decay",
     )
+    decay_share: float = Field(
+        default=0.2,
+        gt=0.0,
+        le=1.0,
+        description="of schedule wsd: share of the run's steps, at its end, that decay",
+    )
+    decay_shape: Literal["linear", "1-sqrt"] = Field(
+        default="1-sqrt", description="of schedule wsd: how the rate falls (1-sqrt: arXiv 2405.18392)"
+    )
+    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last learning rate / peak")
     warmup_steps: int = Field(default=60, ge=0, description="steps of linear warm-up; below the run's steps")
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -335,6 +346,13 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; the run has {steps} steps, "
                 f"so 0 to {steps - 1} are allowed"
+            )
+        part = self.optimizer
+        if part.schedule == "wsd" and part.warmup_steps + round(part.decay_share * steps) > steps:
+            raise ValueError(
+                f"optimizer.decay_share is {part.decay_share:g}, {round(part.decay_share * steps)} of the run's "
+                f"{steps} steps, after {part.warmup_steps} of warm-up; at most "
+                f"{(steps - part.warmup_steps) / steps:.6g} is allowed"
             )
         for number, stage in enumerate(self.stages, 1):
             micro = self.micro_batch(number - 1)
