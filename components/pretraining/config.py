@@ -125,6 +125,15 @@ class EvaluationPart(_Part):
     )
 
 
+class BranchPart(_Part):
+    """Another run's checkpoint at which this run begins."""
+
+    checkpoint: str = Field(min_length=1, description="its folder, step-…")
+    identity: str = Field(
+        pattern="^[0-9a-f]{64}$", description="SHA-256 over its checksums, which it must still have"
+    )
+
+
 class PretrainConfig(StageConfig):
     """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe.
 
@@ -167,6 +176,11 @@ class PretrainConfig(StageConfig):
     )
 
     seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
+    branch: BranchPart | None = Field(
+        default=None,
+        description="begin with weights and moments of another run's checkpoint, not with fresh ones; "
+        "python -m components.pretraining.studies.anneal makes such configs",
+    )
     model: ModelPart = Field(default_factory=ModelPart)
     stages: tuple[TrainingStage, ...] = Field(
         min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES

@@ -21,6 +21,7 @@ from components.artifacts import METRICS_NAME, StageContext, StageError, fsync_p
 from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
+from components.pretraining.checkpoints.branch import load_branch
 from components.pretraining.checkpoints.progress import (
     LOSS_KEY,
     RunRecord,
@@ -167,6 +168,13 @@ class Trainer:
             self._dead.load_state(state["dead_experts"])
             self._bias.load_state(state["balance_bias"])
             self._note_once(f"Resumed from the checkpoint of step {self._step}.")
+        elif self._config.branch is not None:
+            begin = load_branch(
+                self._engine, self._config.branch, self._store, self._ranks, self._collectives
+            )
+            self._note_once(
+                f"Began with weights and moments of step {begin} of another run: {self._config.branch.checkpoint}."
+            )
         self._spikes.returned()
         if checkpoint is None and self._config.on_spike == "rewind":
             self._save()  # what a rewind of the first steps goes back to
