@@ -82,8 +82,8 @@ class SmallThinkerConfig(PreTrainedConfig):
         sliding_window_size: W; a windowed token sees itself and W - 1 tokens before it.
         rope_theta: RoPE base. Numeric strings such as ``"1.5e6"`` are accepted.
         tie_word_embeddings: the output matrix is the embedding.
-        load_balance_coef: weight of the load-balance loss in ``output.loss`` (ours, not official).
-        router_z_coef: weight of the router's z-loss in it (ours, not official).
+        load_balance_coef: weight of each layer's load-balance loss in ``output.loss`` (ours, not official).
+        router_z_coef: weight of each layer's router z-loss in it (ours, not official).
         router_lead: the router of layer l reads the residual stream as it enters layer ``max(0, l - router_lead)``,
             so that an engine knows a layer's experts that many layers ahead (ours; 0 is the released architecture,
             whose code computes another function of the same weights).

@@ -37,18 +37,37 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Top-k on logits, then softmax (21B) or normalised sigmoid (4B) of the chosen logits."""
+    """Top-k on logits, then softmax (21B) or normalised sigmoid (4B) of the chosen logits.
+
+    Attributes:
+        in_fp32: compute the logits in float32 whatever the model's dtype (Megatron-LM's ``--moe-router-dtype``): near
+            ties are then not decided by rounding to 8 bits.
+    """
 
     def __init__(self, config: SmallThinkerConfig) -> None:
         super().__init__()
         self.top_k = config.moe_num_active_primary_experts
         self.softmax = config.moe_primary_router_apply_softmax
+        self.in_fp32 = False
         self.weight = nn.Parameter(torch.empty(config.moe_num_primary_experts, config.hidden_size))
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Route ``[T, D]`` rows of the raw residual stream."""
-        logits_TE = F.linear(x_TD, self.weight)
-        chosen_TK, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
+    def forward(self, x_TD: Tensor, bias_E: Tensor | None = None) -> Routing:
+        """Route ``[T, D]`` rows of the raw residual stream.
+
+        Args:
+            x_TD: the rows.
+            bias_E: float32, added to the sigmoid of the logits for the choice alone (arXiv 2408.15664, equation 3); the
+                sigmoid keeps the order of the logits and gives them the scale for which that paper's rates hold.
+        """
+        logits_TE = (
+            F.linear(x_TD.float(), self.weight.float()) if self.in_fp32 else F.linear(x_TD, self.weight)
+        )
+        if bias_E is None:
+            chosen_TK, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
+        else:
+            wanted_TE = torch.sigmoid(logits_TE.detach().float()) + bias_E
+            experts_TK = torch.topk(wanted_TE, self.top_k, dim=-1).indices
+            chosen_TK = logits_TE.gather(-1, experts_TK)
         if self.softmax:
             weights_TK = torch.softmax(chosen_TK.float(), dim=-1).to(x_TD.dtype)
         else:

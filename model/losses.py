@@ -105,9 +105,8 @@ class LoadBalance:
 
     With ``n_i`` the tokens of a rank and micro-step that select expert i, and T its valid tokens,
     ``f_i = sum n_i / (K * sum T)`` over the group's ranks and the micro-steps so far (a constant for the gradient), and
-    ``loss = E * mean over layers of sum_i f_i * P_i`` where ``P_i`` is the rank's own mean score and carries the
-    gradient. Its minimum is 1, at balance. No factor for the group's size is needed: the data-parallel mean of the
-    ranks' losses supplies it.
+    a layer's ``loss = E * sum_i f_i * P_i`` where ``P_i`` is the rank's own mean score and carries the gradient. It is
+    1 at balance. No factor for the group's size is needed: the data-parallel mean of the ranks' losses supplies it.
 
     Call :meth:`reset` after each optimizer step. In the running form early micro-steps use fewer counts than late ones;
     :meth:`counting` gives the exact form: first run all micro-batches within it (no gradient), then train on them.
@@ -167,9 +166,13 @@ class LoadBalance:
 
 
 def load_balance_loss(frequencies_LE: Tensor, mean_scores_LE: Tensor) -> Tensor:
-    """``E * mean_l sum_i f_i P_i``; 1 at perfect balance. Gradient flows through the mean scores only."""
+    """``E * sum_i f_i P_i`` of every layer: ``[L]``, each 1 at perfect balance.
+
+    Gradient flows through the mean scores only. What is minimised is the *sum* over layers, so that a coefficient means
+    the same at any depth (Megatron-LM, Qiu et al.).
+    """
     experts = frequencies_LE.shape[1]
-    return experts * (frequencies_LE.detach() * mean_scores_LE).sum(dim=1).mean()
+    return experts * (frequencies_LE.detach() * mean_scores_LE).sum(dim=1)
 
 
 def router_z(logits_TE: Tensor, valid_T: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +84,12 @@ class CausalLMOutput(ModelOutput):
     """Output of :class:`SmallThinkerForCausalLM`.
 
     Attributes:
-        loss: ``ce_loss + load_balance_coef * load_balance_loss + router_z_coef * router_z_loss``; with
-            labels only.
+        loss: ``ce_loss + load_balance_coef * sum(load_balance_loss) + router_z_coef * sum(router_z_loss)``, sums
+            over layers; with labels only.
         logits: ``[B, T, V]``, or the last ``logits_to_keep`` positions, in the model's dtype.
         ce_loss: mean next-token cross-entropy in nats; with labels only.
-        load_balance_loss: unweighted, 1 at perfect balance.
-        router_z_loss: unweighted mean over layers.
+        load_balance_loss: ``[L]``, unweighted, each 1 at perfect balance.
+        router_z_loss: ``[L]``, unweighted.
         router_stats: see :class:`RouterStats`.
         past_key_values: the cache, when used.
         hidden_states: residual stream before each layer and after the final norm, ``L + 1`` times
@@ -145,11 +145,13 @@ class SmallThinkerDecoderLayer(GradientCheckpointingLayer):
         valid_T: Tensor | None,
         past_key_values: Cache | None = None,
         routed_BTD: Tensor | None = None,
+        choice_bias_E: Tensor | None = None,
     ) -> LayerOutput:
         """``[B, T, D]`` in, ``[B, T, D]`` and the router's figures out; the router reads ``routed_BTD`` if given."""
         moe = self.block_sparse_moe
         valid_T = None if torch.compiler.is_exporting() else valid_T
-        routing = moe.primary_router((x_BTD if routed_BTD is None else routed_BTD).flatten(0, 1))
+        source_BTD = x_BTD if routed_BTD is None else routed_BTD
+        routing = moe.primary_router(source_BTD.flatten(0, 1), choice_bias_E)
         y_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, past_key_values)
         m_TD = self.post_attention_layernorm(y_BTD).flatten(0, 1)
         out_TD, active_E = moe.experts(m_TD, routing.weights_TK, routing.experts_TK, valid_T)
@@ -203,6 +205,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         self.gradient_checkpointing = False
         self.balance = LoadBalance()
         self.attention_backend: AttentionBackend = "auto"
+        self.choice_bias_LE: Tensor | None = None
         self._record_experts = False
         self.post_init()
 
@@ -293,7 +296,10 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
         hidden_states = []
         outputs = []
         entering: deque[Tensor] = deque(maxlen=self.config.router_lead + 1)  # of this layer and those before
-        for module in self.layers:
+        biases: Iterable[Tensor | None] = (None,) * len(self.layers)
+        if self.training and self.choice_bias_LE is not None:
+            biases = self.choice_bias_LE
+        for module, bias_E in zip(self.layers, biases, strict=True):
             layer = cast(SmallThinkerDecoderLayer, module)
             entering.append(x_BTD)
             if output_hidden_states:
@@ -306,6 +312,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
                 valid_T,
                 past_key_values=cache,
                 routed_BTD=entering[0],
+                choice_bias_E=bias_E,
             )
             output = LayerOutput(*output)
             x_BTD = output.x_BTD
@@ -330,7 +337,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             load_balance_loss=load_balance_loss(frequencies_LE, mean_scores_LE),
-            router_z_loss=torch.stack([output.z_loss for output in outputs]).mean(),
+            router_z_loss=torch.stack([output.z_loss for output in outputs]),
             router_stats=RouterStats(
                 expert_counts=counts_LE,
                 active_neurons=active_LE.sum(dim=1),
@@ -431,6 +438,16 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             if isinstance(module, Experts):
                 module.backend = backend
 
+    def set_router_fp32(self, wanted: bool) -> None:
+        """Compute router logits in float32, whatever the model's dtype."""
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.in_fp32 = wanted
+
+    def set_choice_bias(self, bias_LE: Tensor | None) -> None:
+        """In training mode, choose experts with these biases; see :meth:`model.experts.Router.forward`."""
+        self.model.choice_bias_LE = bias_LE
+
     @contextmanager
     def record_experts(self) -> Iterator[None]:
         """Within, ``output.router_stats.experts`` holds every token's chosen experts, ``[L, B, T, K]``."""
@@ -499,8 +516,8 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
             assert outputs.load_balance_loss is not None and outputs.router_z_loss is not None
             loss = (
                 ce_loss
-                + self.config.load_balance_coef * outputs.load_balance_loss
-                + self.config.router_z_coef * outputs.router_z_loss
+                + self.config.load_balance_coef * outputs.load_balance_loss.sum()
+                + self.config.router_z_coef * outputs.router_z_loss.sum()
             )
         return CausalLMOutput(
             loss=loss,

@@ -2,7 +2,7 @@
 
 from components.artifacts import StageContext
 
-VERSION = 1
+VERSION = 2
 
 
 def run(context: StageContext) -> dict[str, float]:

@@ -41,8 +41,10 @@ class PosttrainConfig(StageConfig):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16 computes in bfloat16 over fp32 weights"
     )
-    load_balance_coef: float = Field(0.008, ge=0.0, le=1.0, description="weight of the load-balance loss")
-    router_z_coef: float = Field(1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
+    load_balance_coef: float = Field(
+        0.008, ge=0.0, le=1.0, description="weight of each layer's load-balance loss"
+    )
+    router_z_coef: float = Field(1e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss")
     gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass")
     heldout_percent: int = Field(5, ge=1, le=50, description="share of dialogues, by hash, never trained on")
     heldout_dialogues: int = Field(400, ge=1, le=100_000, description="held-out dialogues scored at most")

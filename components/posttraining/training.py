@@ -84,7 +84,7 @@ class AssistantLosses(NamedTuple):
     Attributes:
         nats_N: cross-entropy of each of the N trained tokens, float32, rows first.
         weights_N: their weights.
-        load_balance_loss, router_z_loss: the routers', unweighted.
+        load_balance_loss, router_z_loss: the routers', unweighted: ``[L]``.
     """
 
     nats_N: Tensor
@@ -238,12 +238,12 @@ class Trainer:
                 losses = assistant_losses(self.model, part)
             ce = (losses.nats_N * losses.weights_N).sum() / total_weight
             router = (
-                config.load_balance_coef * losses.load_balance_loss
-                + config.router_z_coef * losses.router_z_loss
+                config.load_balance_coef * losses.load_balance_loss.sum()
+                + config.router_z_coef * losses.router_z_loss.sum()
             ) / parts
             (ce + router).backward()  # type: ignore[no-untyped-call]
             ce_sum += ce.detach()
-            balance_sum += losses.load_balance_loss.detach() / parts
+            balance_sum += losses.load_balance_loss.detach().mean() / parts
         self._all_reduce(ce_sum, balance_sum)
         loss = float(ce_sum)
         if not math.isfinite(loss):

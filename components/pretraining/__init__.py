@@ -8,7 +8,7 @@ from __future__ import annotations
 from components.artifacts import StageContext
 from components.pretraining.config import PretrainConfig
 
-VERSION = 1
+VERSION = 2
 
 
 def run(context: StageContext) -> dict[str, float]:

@@ -65,12 +65,28 @@ class TrainingStage(_Part):
 
 
 class OptimizerPart(_Part):
-    """AdamW; matrices of attention, router and experts decay, norms and the embeddings do not."""
+    """AdamW, or Muon beside it; matrices of attention, router and experts decay, norms and the embeddings do not."""
 
-    peak_lr: float = Field(default=6e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
-    final_lr_ratio: float = Field(
-        default=0.1, ge=0.0, le=1.0, description="last learning rate / peak (cosine)"
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: Muon for the matrices of attention and experts, AdamW for the rest, at one learning rate",
     )
+    muon_momentum: float = Field(default=0.95, ge=0.0, lt=1.0, description="momentum of Muon (Nesterov)")
+    peak_lr: float = Field(default=6e-3, gt=0.0, le=1.0, description="learning rate after warm-up")
+    schedule: Literal["cosine", "wsd"] = Field(
+        default="cosine",
+        description="after warm-up: one cosine, or the peak rate until the last decay_share of the run, then a decay",
+    )
+    decay_share: float = Field(
+        default=0.2,
+        gt=0.0,
+        le=1.0,
+        description="of schedule wsd: share of the run's steps, at its end, that decay",
+    )
+    decay_shape: Literal["linear", "1-sqrt"] = Field(
+        default="1-sqrt", description="of schedule wsd: how the rate falls (1-sqrt: arXiv 2405.18392)"
+    )
+    final_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last learning rate / peak")
     warmup_steps: int = Field(default=60, ge=0, description="steps of linear warm-up; below the run's steps")
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -114,6 +130,15 @@ class EvaluationPart(_Part):
     )
 
 
+class BranchPart(_Part):
+    """Another run's checkpoint at which this run begins."""
+
+    checkpoint: str = Field(min_length=1, description="its folder, step-…")
+    identity: str = Field(
+        pattern="^[0-9a-f]{64}$", description="SHA-256 over its checksums, which it must still have"
+    )
+
+
 class PretrainConfig(StageConfig):
     """Everything that decides the weights that stage ``pretrain`` writes. Defaults are the nano recipe.
 
@@ -143,12 +168,24 @@ class PretrainConfig(StageConfig):
             "save_grace_s",
             # What a loss spike leads to: a run without one is the same under every policy; skipped steps are noted.
             "spike_ratio",
+            "grad_spike_ratio",
             "on_spike",
             "max_skips",
+            "max_skips_per_1000",
+            "rewind_steps",
+            "max_rewinds",
+            # What is said about the run.
+            "dead_expert_share",
+            "dead_expert_intervals",
         }
     )
 
     seed: int = Field(default=20250728, ge=0, lt=1 << 63, description="seeds initial weights and data order")
+    branch: BranchPart | None = Field(
+        default=None,
+        description="begin with weights and moments of another run's checkpoint, not with fresh ones; "
+        "python -m components.pretraining.studies.anneal makes such configs",
+    )
     model: ModelPart = Field(default_factory=ModelPart)
     stages: tuple[TrainingStage, ...] = Field(
         min_length=3, max_length=3, default_factory=lambda: _NANO_STAGES
@@ -156,7 +193,7 @@ class PretrainConfig(StageConfig):
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
     evaluation: EvaluationPart = Field(default_factory=EvaluationPart)
     load_balance_coef: float = Field(
-        default=0.008, ge=0.0, le=1.0, description="weight of the load-balance loss"
+        default=0.008, ge=0.0, le=1.0, description="weight of each layer's load-balance loss"
     )
     load_balance_groups: int = Field(
         default=1,
@@ -172,7 +209,26 @@ class PretrainConfig(StageConfig):
         default="running",
         description="running: counts of the micro-steps so far; exact: of the whole group, by a first forward pass",
     )
-    router_z_coef: float = Field(default=1e-3, ge=0.0, le=1.0, description="weight of the router z-loss")
+    load_balance_bias_rate: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="step of a bias on the routers' choice that balances without a loss (DeepSeek-V3: 0.001, with "
+        "load_balance_coef 0 or small); 0: no bias. Exports know none, so it fades at the end of the run",
+    )
+    load_balance_bias_fade: float = Field(
+        default=0.1,
+        gt=0.0,
+        le=1.0,
+        description="share of the run's steps, at its end, over which that bias fades to 0",
+    )
+    router_dtype: Literal["model", "fp32"] = Field(
+        default="model",
+        description="of the router's logits: as the weights, or fp32 also where these are bf16",
+    )
+    router_z_coef: float = Field(
+        default=1e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss"
+    )
     absent_category: Literal["error", "renormalise"] = Field(
         default="renormalise", description="what to do when the shards lack a category that a mixture wants"
     )
@@ -246,15 +302,50 @@ class PretrainConfig(StageConfig):
         le=100.0,
         description="a loss above this multiple of the recent median is a spike",
     )
-    on_spike: Literal["stop", "skip"] = Field(
+    grad_spike_ratio: float = Field(
+        default=10.0,
+        gt=1.0,
+        le=1e6,
+        description="a gradient norm, before clipping, above this multiple of the recent median is a spike",
+    )
+    on_spike: Literal["stop", "skip", "rewind"] = Field(
         default="stop",
-        description="what a spike, or a loss or gradient that is not finite, leads to: stop the run, or skip the step",
+        description="what a spike, or a loss or gradient that is not finite, leads to: stop the run, skip the step, or "
+        "go back to an earlier checkpoint and pass over the batches around it",
     )
     max_skips: int = Field(
         default=10,
         ge=1,
         le=10_000,
         description="steps skipped in a row after which the run stops all the same",
+    )
+    max_skips_per_1000: int = Field(
+        default=50,
+        ge=1,
+        le=1000,
+        description="steps skipped among the last 1,000 after which the run stops all the same",
+    )
+    rewind_steps: int = Field(
+        default=100,
+        ge=1,
+        le=100_000,
+        description="steps before and after a spike whose batches on_spike = rewind passes over",
+    )
+    max_rewinds: int = Field(
+        default=10, ge=1, le=1000, description="rewinds of a run after which a spike stops it all the same"
+    )
+
+    dead_expert_share: float = Field(
+        default=0.1,
+        ge=0.0,
+        le=1.0,
+        description="share of its layer's mean load below which an expert counts as dead",
+    )
+    dead_expert_intervals: int = Field(
+        default=10,
+        ge=1,
+        le=10_000,
+        description="logged intervals in a row that an expert is dead before an alarm is raised",
     )
 
     @field_validator("zero_stage", mode="before")
@@ -274,6 +365,13 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; the run has {steps} steps, "
                 f"so 0 to {steps - 1} are allowed"
+            )
+        part = self.optimizer
+        if part.schedule == "wsd" and part.warmup_steps + round(part.decay_share * steps) > steps:
+            raise ValueError(
+                f"optimizer.decay_share is {part.decay_share:g}, {round(part.decay_share * steps)} of the run's "
+                f"{steps} steps, after {part.warmup_steps} of warm-up; at most "
+                f"{(steps - part.warmup_steps) / steps:.6g} is allowed"
             )
         for number, stage in enumerate(self.stages):
             if self.load_balance_groups > stage.sequences_per_step:

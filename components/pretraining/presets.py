@@ -181,6 +181,10 @@ def _full_size(
         # [ours] a step, some 300 GB (21B) to a shared file system by 32 nodes, and reading them back once to checksum
         save_grace_s=840,
         spike_ratio=1.5,
+        grad_spike_ratio=10.0,
+        # [ours] A job that stops at a spike wastes its allocation. PaLM (arXiv 2204.02311, section 5.1) went back some
+        # 100 steps and left out 200 to 500 batches, which is on_spike = rewind.
+        on_spike="skip",
     )
 
 
@@ -270,5 +274,6 @@ def benchmark_config(
         "threads": threads or recipe.threads,
         "hardware": {**recipe.hardware.model_dump(), "gpus": 0},
         "spike_ratio": 100.0,
+        "grad_spike_ratio": 1e6,
     }
     return PretrainConfig.model_validate(values)

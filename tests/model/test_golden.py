@@ -57,7 +57,7 @@ def _router_on_normed_input(monkeypatch: pytest.MonkeyPatch, model: SmallThinker
     for layer in model.model.layers:
         router = layer.block_sparse_moe.primary_router
         original, norm = router.forward, layer.input_layernorm
-        monkeypatch.setattr(router, "forward", lambda x, f=original, n=norm: f(n(x)))
+        monkeypatch.setattr(router, "forward", lambda x, _, f=original, n=norm: f(n(x)))
 
 
 def _router_on_expert_input(monkeypatch: pytest.MonkeyPatch, model: SmallThinkerForCausalLM) -> None:
@@ -67,7 +67,7 @@ def _router_on_expert_input(monkeypatch: pytest.MonkeyPatch, model: SmallThinker
         router = self.block_sparse_moe.primary_router
         y = x + self.self_attn(self.input_layernorm(x), *args[:3], None)
         saved = router.forward
-        router.forward = lambda _: saved(self.post_attention_layernorm(y).flatten(0, 1))
+        router.forward = lambda *_: saved(self.post_attention_layernorm(y).flatten(0, 1))
         try:
             return original(self, x, *args, **kwargs)
         finally:
@@ -87,7 +87,7 @@ def _full_softmax_weights(monkeypatch: pytest.MonkeyPatch, model: SmallThinkerFo
         if isinstance(module, Router):
             original = module.forward
 
-            def forward(x: Tensor, f: Callable[[Tensor], object] = original) -> object:
+            def forward(x: Tensor, _: None, f: Callable[[Tensor], object] = original) -> object:
                 routing = f(x)
                 weights = routing.logits_TE.softmax(-1).gather(1, routing.experts_TK)
                 return routing._replace(weights_TK=weights)

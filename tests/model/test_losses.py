@@ -50,6 +50,22 @@ def test_balance_has_loss_one_and_collapse_has_more() -> None:
     assert float(load_balance_loss(collapsed, collapsed)) == pytest.approx(8.0)
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_every_layer_counts_whole_however_many_there_are(layers: int) -> None:
+    layout = [0] * layers
+    shape = {"num_hidden_layers": layers, "rope_layout": layout, "sliding_window_layout": layout}
+    model = tiny(**shape, load_balance_coef=0.3, router_z_coef=0.2).double().train()
+    ids = token_ids(2, 9)
+    output = model(ids, labels=ids, output_hidden_states=True)
+    expected = 0.0
+    for layer, hidden in zip(model.model.layers, output.hidden_states, strict=False):
+        logits = (hidden.flatten(0, 1) @ layer.block_sparse_moe.primary_router.weight.t()).detach()
+        expected += 0.3 * float(pooled_loss(logits, 3, softmax=True))
+        expected += 0.2 * float(logits.logsumexp(-1).square().mean())
+    assert float((output.loss - output.ce_loss).detach()) == pytest.approx(expected, rel=1e-5)
+    assert output.load_balance_loss.shape == output.router_z_loss.shape == (layers,)
+
+
 def test_scores_sum_to_one() -> None:
     logits = torch.randn(5, 8) * 4
     for softmax in (True, False):
@@ -87,7 +103,7 @@ def _micro_batches() -> list[torch.Tensor]:
 def test_two_passes_equal_the_pooled_batch_in_value_and_gradient() -> None:
     model = tiny().double().train()
     batches = _micro_batches()
-    model(torch.cat(batches)).load_balance_loss.backward()
+    model(torch.cat(batches)).load_balance_loss.sum().backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     with torch.no_grad(), model.balance.counting():
@@ -96,12 +112,12 @@ def test_two_passes_equal_the_pooled_batch_in_value_and_gradient() -> None:
     counts = model.balance.counts.clone()
     total = 0.0
     for batch in batches:
-        loss = model(batch).load_balance_loss / len(batches)
+        loss = model(batch).load_balance_loss.sum() / len(batches)
         loss.backward()
         total += float(loss.detach())
     assert torch.equal(model.balance.counts, counts)  # frozen until the reset
     model.balance.reset()
-    pooled = model(torch.cat(batches)).load_balance_loss.item()
+    pooled = model(torch.cat(batches)).load_balance_loss.sum().item()
     assert total == pytest.approx(pooled, abs=1e-6)
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and name in expected:
@@ -118,7 +134,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         batch = _micro_batches()[rank]
         with torch.no_grad(), model.balance.counting():
             model(batch)
-        loss = model(batch).load_balance_loss
+        loss = model(batch).load_balance_loss.sum()
         loss.backward()
         gradient = model.model.layers[1].block_sparse_moe.primary_router.weight.grad / world
         value = loss.detach() / world
@@ -139,7 +155,7 @@ def test_process_groups_pool_their_counts(tmp_path: Path) -> None:
         expected = 0.0
         # A group of two pools its counts: as if one process saw all tokens, with no factor of the group's size.
         for part in [torch.cat(batches)] if group_size == 2 else batches:
-            loss = model(part).load_balance_loss * group_size / 2
+            loss = model(part).load_balance_loss.sum() * group_size / 2
             loss.backward()
             model.balance.reset()
             expected += float(loss.detach())

@@ -38,7 +38,9 @@ def golden_config(**values: Any) -> dict[str, Any]:
         load_balance_groups=4,
         load_balance_domains="sharded",
         load_balance_counts="exact",
-        load_balance_coef=0.05,
+        # Two layers. The losses were recorded when both router losses were means over layers, at twice these weights.
+        load_balance_coef=0.025,
+        router_z_coef=5e-4,
         log_every_steps=1,
         checkpoint_every_steps=1000,
         **values,

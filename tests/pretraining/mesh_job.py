@@ -118,9 +118,8 @@ def loss_of(model: Any, batch: MicroBatch, config: PretrainConfig, meter: StepMe
     losses_BT = token_losses(out.logits, batch.labels_BT)
     ce = losses_BT.mean()
     meter.add(batch, losses_BT, ce, out, entropy.take())
-    loss: Tensor = (
-        ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
-    )
+    balance, z = out.load_balance_loss.sum(), out.router_z_loss.sum()
+    loss: Tensor = ce + config.load_balance_coef * balance + config.router_z_coef * z
     return loss
 
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def count(cases: list[dict[str, Any]], tokens: Path, answer: Path) -> None:
         for values in cases:
             config = PretrainConfig.model_validate(values)
             engine, ranks = build(config)
-            training = TrainingStep(engine, config, BatchSource(config, streams, shards.eos_id), ranks)
+            source = BatchSource(config, streams, shards.eos_id)
+            groups = partial(source.rank_groups, rank=ranks.rank, world=ranks.world)
+            training = TrainingStep(engine, config, groups, ranks)
             for step in range(2):
                 sent.clear()
                 training.gradients(step)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.curriculum import Curriculum
@@ -48,6 +49,32 @@ def test_learning_rate(config: PretrainConfig) -> None:
     assert all(later <= earlier for earlier, later in itertools.pairwise(falling))
     assert rates[-1] == part.final_lr_ratio * part.peak_lr or len(falling) == 1  # exactly
     assert max(rates) <= part.peak_lr * (1 + 1e-12)
+
+
+@given(configs(), st.sampled_from(["linear", "1-sqrt"]), st.floats(0.01, 1.0))
+def test_warm_up_then_stable_then_decay(config: PretrainConfig, shape: str, share: float) -> None:
+    steps, warm = config.total_steps, config.optimizer.warmup_steps
+    wanted = {**config.model_dump(), "optimizer": {
+        **config.optimizer.model_dump(), "schedule": "wsd", "decay_share": share, "decay_shape": shape,
+    }}  # fmt: skip
+    decaying = round(share * steps)
+    if warm + decaying > steps:
+        with pytest.raises(
+            ValidationError, match=r"optimizer.decay_share is .* after \d+ of warm-up; at most "
+        ):
+            PretrainConfig.model_validate(wanted)
+        return
+    part = PretrainConfig.model_validate(wanted).optimizer
+    curriculum = Curriculum(PretrainConfig.model_validate(wanted))
+    rates = [curriculum.learning_rate(step) for step in range(steps)]
+    assert rates[:warm] == pytest.approx([part.peak_lr * (i + 1) / warm for i in range(warm)])
+    stable = rates[warm : steps - decaying]
+    assert stable == [part.peak_lr] * len(stable)
+    for place in range(decaying):
+        done = (place + 1) / decaying if steps - decaying > warm else place / max(1, decaying - 1)
+        height = 1 - (done if shape == "linear" else done**0.5)
+        expected = part.peak_lr * (part.final_lr_ratio + (1 - part.final_lr_ratio) * height)
+        assert rates[steps - decaying + place] == pytest.approx(expected)
 
 
 @given(configs())

@@ -108,6 +108,12 @@ def test_a_dropped_step_leaves_no_trace(
     children.call_ranks(world, drop_and_go_on, values)
 
 
+def test_a_dropped_step_leaves_no_trace_in_muon(children: Children) -> None:
+    optimizer = {"kind": "muon", "warmup_steps": 4}
+    values = run_config(precision="bf16", zero_stage=2, sequences_per_micro_batch=2, optimizer=optimizer)
+    children.call_ranks(2, drop_and_go_on, values)
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 1), ("bf16", 2)])
 def test_a_dropped_step_leaves_no_trace_in_experts_of_several_processes(

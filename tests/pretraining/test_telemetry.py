@@ -30,7 +30,7 @@ def test_balance_at_global_and_at_group_scope() -> None:
             tokens=8,
         )
         out = CausalLMOutput(
-            load_balance_loss=torch.tensor(2.0), router_z_loss=torch.tensor(0.5), router_stats=stats
+            load_balance_loss=torch.tensor([2.0]), router_z_loss=torch.tensor([0.5]), router_stats=stats
         )
         meter.add(batch, torch.ones(1, 8), torch.tensor(1.0), out, torch.zeros(1))
         meter.add_group(counts_LE)

@@ -166,11 +166,23 @@ def load_universal(engine: Any, folder: Path) -> dict[str, Any]:
                 target.data.narrow(0, part.start, part.numel).copy_(piece)
             state["step"] = torch.load(source / "step.pt", weights_only=False).to(flat.device, copy=True)
     zero.update_lp_params()
-    saved = torch.load(next(folder.glob("*mp_rank_00_model_states.pt")), mmap=True, weights_only=False)
+    saved = _model_states(folder)
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine, counter, saved[counter])
-    trainer: dict[str, Any] = saved["trainer"]
-    return trainer
+    return trainer_state(folder)
+
+
+def _model_states(folder: Path) -> dict[str, Any]:
+    states: dict[str, Any] = torch.load(
+        next(folder.glob("*mp_rank_00_model_states.pt")), mmap=True, weights_only=False
+    )
+    return states
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """What the trainer put into a universal checkpoint beside weights and optimizer."""
+    state: dict[str, Any] = _model_states(folder)["trainer"]
+    return state
 
 
 def _own_experts(full: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -43,13 +43,22 @@ class Curriculum:
         raise IndexError(f"step {step} is outside the run's {self.total_steps} steps")
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then one cosine over all training stages down to ``final_lr_ratio`` of the peak."""
+        """Linear warm-up, then over all training stages down to ``final_lr_ratio`` of the peak.
+
+        One cosine, or the peak rate and a decay at the end, whose steps are ``decay_share`` of the run's.
+        """
         part = self._optimizer
         if step < part.warmup_steps:
             return part.peak_lr * (step + 1) / part.warmup_steps
-        progress = (step - part.warmup_steps) / max(1, self.total_steps - 1 - part.warmup_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return part.peak_lr * (part.final_lr_ratio + (1.0 - part.final_lr_ratio) * cosine)
+        start = part.warmup_steps
+        if part.schedule == "wsd":
+            start = max(start, self.total_steps - round(part.decay_share * self.total_steps) - 1)
+        progress = min(1.0, max(0, step - start) / max(1, self.total_steps - 1 - start))
+        if part.schedule == "cosine":
+            height = 0.5 * (1.0 + math.cos(math.pi * progress))
+        else:
+            height = 1.0 - (progress if part.decay_shape == "linear" else math.sqrt(progress))
+        return part.peak_lr * (part.final_lr_ratio + (1.0 - part.final_lr_ratio) * height)
 
     def tokens_before(self, step: int) -> int:
         """Training tokens consumed by all steps before ``step``."""

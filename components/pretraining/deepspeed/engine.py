@@ -18,6 +18,7 @@ from components.artifacts import StageError
 from components.pretraining.config import OptimizerPart, PretrainConfig
 from components.pretraining.data.accumulation import BatchCut
 from components.pretraining.deepspeed.gradients import GradientSums
+from components.pretraining.deepspeed.muon import MuonAdamW
 from components.pretraining.processes.ranks import Ranks
 from components.weights.optimizer import parameter_groups
 
@@ -57,14 +58,17 @@ def deepspeed_config(config: PretrainConfig, world: int, precision: str) -> dict
 
 
 def build_optimizer(model: torch.nn.Module, part: OptimizerPart) -> torch.optim.AdamW:
-    """torch's fused AdamW over :func:`parameter_groups`."""
-    return torch.optim.AdamW(
-        parameter_groups(model, part.weight_decay),
-        lr=part.peak_lr,
-        betas=(part.beta1, part.beta2),
-        eps=part.eps,
-        fused=True,
-    )
+    """torch's fused AdamW over :func:`parameter_groups`, with Muon for the matrices if ``part`` says so."""
+    adamw: dict[str, Any] = {
+        "lr": part.peak_lr,
+        "betas": (part.beta1, part.beta2),
+        "eps": part.eps,
+        "fused": True,
+    }
+    groups = parameter_groups(model, part.weight_decay, part.kind == "muon")
+    if part.kind == "muon":
+        return MuonAdamW(groups, part.muon_momentum, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
 
 
 def _quieten() -> None:
@@ -90,6 +94,7 @@ def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks:
 
     refuse_fallbacks()
     model.balance = LoadBalance(_balance_group(config, ranks))
+    model.set_router_fp32(config.router_dtype == "fp32")
     if config.activation_checkpointing:
         # Nothing in a layer is random, so no RNG state has to be kept for the recomputation.
         keep = {"use_reentrant": False, "preserve_rng_state": False}
@@ -99,7 +104,7 @@ def prepare_model(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks:
 
 
 def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: Ranks) -> Any:
-    """Wrap the model into a DeepSpeed engine with AdamW.
+    """Wrap the model into a DeepSpeed engine with its optimizer.
 
     Args:
         model: on its device, its experts sharded where ``config`` asks for expert parallelism.
@@ -122,14 +127,17 @@ def build_engine(model: SmallThinkerForCausalLM, config: PretrainConfig, ranks: 
     # DeepSpeed's shared-memory collectives serve inference only and cost a minute of g++ at first use; gloo needs none.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     prepare_model(model, config, ranks)
+    optimizer = build_optimizer(model, config.optimizer)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(model, config.optimizer),
+        optimizer=optimizer,
         config=deepspeed_config(config, ranks.world, ranks.precision),
         dist_init_required=False if deepspeed.comm.is_initialized() else None,
     )
     if config.zero_stage == 1:
         GradientSums(engine)
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.attach(engine.optimizer)
     return engine
 
 

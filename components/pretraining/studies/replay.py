@@ -25,9 +25,10 @@ from tokenizers import Tokenizer
 from components.artifacts import EXIT_USER_ERROR, StageError
 from components.corpus.categories import CATEGORIES
 from components.pretraining.checkpoints.progress import RUN_NAME
-from components.pretraining.checkpoints.resharding import convert, parameter_folder
+from components.pretraining.checkpoints.resharding import convert, parameter_folder, trainer_state
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import BatchSource, MicroBatch
+from components.pretraining.training.balance_bias import BalanceBias
 from components.pretraining.training.head_loss import token_losses
 from components.pretraining.training.training_step import training_loss
 from components.weights.checkpoint_store import Checkpoint, CheckpointStore
@@ -88,6 +89,9 @@ class Replay:
         self._span = self._source.curriculum.at(step)
         self._tokenizer = Tokenizer.from_file(str(Path(run["tokens"]) / TOKENIZER_FOLDER / "tokenizer.json"))
         self.step = step
+        self._bias = BalanceBias(
+            self.config.load_balance_bias_rate, self.config.load_balance_bias_fade, self.config.total_steps
+        )
         self.checkpoint, self.complaints = CheckpointStore(scratch / "checkpoints", 1).newest(at_most=step)
         if self.checkpoint is None:
             raise StageError(
@@ -109,6 +113,7 @@ class Replay:
         with tempfile.TemporaryDirectory() as place:
             universal = Path(place) / "step"
             convert(checkpoint.path, universal)
+            self._bias.load_state(trainer_state(universal)["balance_bias"])
             for name, _ in self.model.named_parameters():
                 source = parameter_folder(universal, name)
                 if source is None:
@@ -117,6 +122,8 @@ class Replay:
         self.model.load_state_dict(weights, strict=False, assign=True)
         self.model.tie_weights()
         self.model.balance = LoadBalance(None)
+        self.model.set_router_fp32(self.config.router_dtype == "fp32")
+        self._bias.apply(self.model, self.step)
 
     def sequences(self) -> Iterator[SequenceReport]:
         """Forward and backward over the batch; gradients of its mean loss gather in the model."""

@@ -10,6 +10,7 @@ and the time that threads waited for them. Differences to lead 0 are paired by s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from components.artifacts import PROJECT, StageContext, write_json
-from components.corpus.shards import HELD_OUT_SPLIT, TokenArray, TokenShards
+from components.corpus.shards import HELD_OUT_SPLIT, TokenShards
 from components.measures.intervals import paired_interval_of_few
+from components.measures.positions import document_beginnings
 from components.pretraining.config import PretrainConfig
 from components.pretraining.presets import PRESETS
 
@@ -72,19 +75,15 @@ def train(tokens: Path, out: Path, config: PretrainConfig) -> dict[str, float]:
     }
 
 
-def read_documents(tokens: Path, count: int) -> list[TokenArray]:
+def read_documents(tokens: Path, count: int) -> list[npt.NDArray[np.int64]]:
     """The first held-out documents of at least 256 tokens, cut to that, in turn from every category."""
     shards = TokenShards.open(tokens)
-    found: list[TokenArray] = []
-    streams = [shards.shard(HELD_OUT_SPLIT, name).documents() for name in shards.categories(HELD_OUT_SPLIT)]
-    while streams and len(found) < count:
-        stream = streams.pop(0)
-        for document in stream:
-            if len(document) >= _DOCUMENT_TOKENS:
-                found.append(document[:_DOCUMENT_TOKENS])
-                streams.append(stream)
-                break
-    return found[:count]
+    columns = [
+        document_beginnings(shards.shard(HELD_OUT_SPLIT, name), shards.eos_id, _DOCUMENT_TOKENS, count)
+        for name in shards.categories(HELD_OUT_SPLIT)
+    ]
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*columns))
+    return [row[1:] for row in in_turn if row is not None][:count]
 
 
 def _engine(name: str, *arguments: str | Path) -> str:

@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("tokens_folder", type=Path, metavar="TOKENS", help="artefact of stage tokenize")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for trainings and results")
     parser.add_argument("--tokens", type=int, default=1_200_000, help="training tokens of each variant")
-    parser.add_argument("--coef", type=float, default=0.03, help="weight of the load-balance loss")
+    parser.add_argument("--coef", type=float, default=0.0075, help="weight of each layer's load-balance loss")
     options = parser.parse_args(arguments)
     results = study(options.tokens_folder, options.out, options.tokens, options.coef)
     write_json(options.out / "specialisation.json", results)

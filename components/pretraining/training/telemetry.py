@@ -30,8 +30,8 @@ class Layout:
         self.fields = {
             "micro_steps": 1,
             "ce": 1,
-            "load_balance": 1,
-            "router_z": 1,
+            "load_balance": layers,
+            "router_z": layers,
             "tokens": 1,
             "nats_by_category": len(CATEGORIES),
             "targets_by_category": len(CATEGORIES),
@@ -58,6 +58,10 @@ class Layout:
             config.moe_num_active_primary_experts,
             config.moe_ffn_hidden_size,
         )
+
+    def expert_counts(self, pooled: Tensor) -> Tensor:
+        """Tokens of a step that chose each expert, ``[L, E]``, from its sums over all ranks."""
+        return pooled[self.slices["expert_counts"]].view(self.layers, self.experts)
 
     def mean_loss(self, pooled: Tensor) -> float:
         """Mean cross-entropy of a step, from its sums over all ranks."""
@@ -143,13 +147,13 @@ class StepMeter:
 
 
 def global_balance(layout: Layout, pooled: Tensor) -> float:
-    """The load-balance loss of one step at global scope: frequencies and scores over the whole batch.
+    """Mean over layers of a step's load-balance loss at global scope: frequencies and scores over the whole batch.
 
     Args:
         layout: where the sums lie.
         pooled: one step's sums over all ranks.
     """
-    counts_LE = pooled[layout.slices["expert_counts"]].view(layout.layers, layout.experts)
+    counts_LE = layout.expert_counts(pooled)
     scores_LE = pooled[layout.slices["mean_scores"]].view(layout.layers, layout.experts)
     frequencies_LE = counts_LE / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
     scores_LE = scores_LE / pooled[layout.slices["micro_steps"]].clamp(min=1)
@@ -196,6 +200,11 @@ class Interval:
     def _field(self, name: str) -> Tensor:
         return self._sums[self._layout.slices[name]]
 
+    def loads(self) -> Tensor:
+        """Every expert's share of its layer's tokens, 1 at balance: ``[L, E]``; zeros without a step."""
+        counts_LE = self._field("expert_counts").view(self._layout.layers, self._layout.experts)
+        return counts_LE * self._layout.experts / counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+
     def drain(self) -> dict[str, float]:
         """Averages under their names in ``metrics.jsonl``; the next interval starts empty.
 
@@ -212,24 +221,31 @@ class Interval:
         layout = self._layout
         micro = max(1.0, float(self._field("micro_steps")))
         tokens = max(1.0, float(self._field("tokens")))
-        metrics = {
-            f"train/{name}": float(self._field(name)) / micro for name in ("ce", "load_balance", "router_z")
-        }
+        metrics = {"train/ce": float(self._field("ce")) / micro}
+        for name in ("load_balance", "router_z"):
+            loss_L = self._field(name) / micro
+            metrics[f"train/{name}"] = float(loss_L.mean())
+            metrics.update({f"train/{name}/layer{layer:02d}": float(x) for layer, x in enumerate(loss_L)})
         metrics["train/load_balance_global"] = self._global_balance_sum / self._steps
         metrics["train/grad_norm"] = self._grad_norm_sum / self._steps
         nats, targets = self._field("nats_by_category"), self._field("targets_by_category")
         for category, name in enumerate(CATEGORIES):
             if targets[category] > 0:
                 metrics[f"train/ce/{name}"] = float(nats[category] / targets[category])
-        load_LE = self._field("expert_counts").view(layout.layers, layout.experts) / (tokens * layout.top_k)
+        load_LE = self.loads()
         sparsity_L = 1.0 - self._field("active_neurons") / (tokens * layout.top_k * layout.expert_hidden)
+        share_LE = load_LE / layout.experts
+        load_entropy_L = -torch.xlogy(share_LE, share_LE).sum(dim=1) / math.log(layout.experts)
         entropy_L = self._field("router_entropy") / micro
         for layer in range(layout.layers):
-            metrics[f"router/load_max/layer{layer:02d}"] = float(load_LE[layer].max()) * layout.experts
-            metrics[f"router/load_min/layer{layer:02d}"] = float(load_LE[layer].min()) * layout.experts
+            metrics[f"router/load_max/layer{layer:02d}"] = float(load_LE[layer].max())
+            metrics[f"router/load_min/layer{layer:02d}"] = float(load_LE[layer].min())
+            metrics[f"router/load_entropy/layer{layer:02d}"] = float(load_entropy_L[layer])
             metrics[f"router/entropy/layer{layer:02d}"] = float(entropy_L[layer])
             metrics[f"experts/sparsity/layer{layer:02d}"] = float(sparsity_L[layer])
-        metrics["router/load_max"] = float(load_LE.max()) * layout.experts
+        metrics["router/load_max"] = float(load_LE.max())
+        metrics["router/load_min"] = float(load_LE.min())
+        metrics["router/load_entropy"] = float(load_entropy_L.mean())
         group_max_L = self._field("group_load_max") / max(1.0, float(self._field("groups")))
         metrics["router/load_max_group"] = float(group_max_L.max())
         metrics["router/entropy"] = float(entropy_L.mean())

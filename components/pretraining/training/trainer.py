@@ -21,7 +21,9 @@ from components.artifacts import METRICS_NAME, StageContext, StageError, fsync_p
 from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
+from components.pretraining.checkpoints.branch import load_branch
 from components.pretraining.checkpoints.progress import (
+    LOSS_KEY,
     RunRecord,
     align_metrics,
     describe_run,
@@ -40,7 +42,10 @@ from components.pretraining.deepspeed.master_weights import MasterWeights, expor
 from components.pretraining.processes.collectives import Collectives
 from components.pretraining.processes.interruption import Interruption
 from components.pretraining.processes.ranks import Ranks, describe_mesh
-from components.pretraining.training.guard import LossGuard
+from components.pretraining.training.balance_bias import BalanceBias
+from components.pretraining.training.dead_experts import DeadExperts
+from components.pretraining.training.guard import Limits, LossGuard, SpikeError, stopped
+from components.pretraining.training.spike_record import SPIKES_NAME, SpikeRecord
 from components.pretraining.training.telemetry import Interval
 from components.pretraining.training.training_step import TrainingStep
 from components.weights.checkpoint_store import CheckpointStore
@@ -51,6 +56,10 @@ from model.compiling import compiled_graphs
 
 class TrainingInterrupted(StageError):
     """A signal asked the run to stop; it saved a checkpoint, from which the same command resumes."""
+
+
+class _Rewind(Exception):
+    """The run goes back to an earlier checkpoint."""
 
 
 class Trainer:
@@ -67,6 +76,18 @@ class Trainer:
         self, context: StageContext, config: PretrainConfig, ranks: Ranks, interruption: Interruption
     ) -> None:
         self._context, self._config, self._ranks, self._interruption = context, config, ranks, interruption
+        limits = Limits(
+            config.on_spike,
+            config.spike_ratio,
+            config.grad_spike_ratio,
+            config.max_skips,
+            config.max_skips_per_1000,
+            config.rewind_steps,
+            config.max_rewinds,
+        )
+        self._collectives = Collectives(ranks)
+        self._spikes = SpikeRecord(context.scratch, self._collectives, limits, ranks.is_first)
+        self._guard = LossGuard(limits)
         tokens = context.inputs["tokenize"]
         self._tokenizer_folder = tokens / TOKENIZER_FOLDER
         self._shards = TokenShards.open(tokens)
@@ -99,8 +120,10 @@ class Trainer:
         )
         self._training = TrainingStep(self._engine, config, self._batches.take, ranks)
         self._interval = Interval(self._training.layout)
-        self._guard = LossGuard(config.spike_ratio, config.on_spike, config.max_skips)
-        self._collectives = Collectives(ranks)
+        self._dead = DeadExperts(config.dead_expert_share, config.dead_expert_intervals)
+        self._bias = BalanceBias(
+            config.load_balance_bias_rate, config.load_balance_bias_fade, self._curriculum.total_steps
+        )
         self._saver = Saver(self._store, ranks, ranks.mesh(), config.seal_in_background)
         self._step = 0
 
@@ -116,13 +139,20 @@ class Trainer:
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, if there is one, and drop everything later than it."""
+        bounds = [end for end in (self._first_unfinished_end(), self._spikes.return_to) if end is not None]
         checkpoint, complaints = find_newest(
-            self._store, self._first_unfinished_end(), self._ranks, self._collectives
+            self._store, min(bounds, default=None), self._ranks, self._collectives
         )
+        if checkpoint is None and self._step:
+            raise StageError(
+                "There is no whole checkpoint left to go back to. The same command starts the run anew and passes over "
+                f"the steps that {SPIKES_NAME} names."
+            )
         step = checkpoint.step if checkpoint else 0
         if self._ranks.is_first:
             for complaint in complaints:
                 self._context.note(complaint)
+            self._context.close()  # the metrics file is about to be replaced
             self._store.discard_after(step)
             # A damaged checkpoint may lead back before a training stage's end: its evaluation and export are redone.
             for span in self._curriculum.spans:
@@ -143,18 +173,34 @@ class Trainer:
             self._step = int(state["step"])
             self._interval.load_state(state["interval"])
             self._guard.load_state(state["guard"])
+            self._dead.load_state(state["dead_experts"])
+            self._bias.load_state(state["balance_bias"])
             self._note_once(f"Resumed from the checkpoint of step {self._step}.")
+        elif self._config.branch is not None:
+            begin = load_branch(
+                self._engine, self._config.branch, self._store, self._ranks, self._collectives
+            )
+            self._note_once(
+                f"Began with weights and moments of step {begin} of another run: {self._config.branch.checkpoint}."
+            )
+        self._spikes.returned()
+        if checkpoint is None and self._config.on_spike == "rewind":
+            self._save()  # what a rewind of the first steps goes back to
         if self._ranks.is_first:
             self._guard.write(self._context.out)
             describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
 
     def _save(self) -> None:
-        if self._ranks.is_first and self._metrics_path.exists():
-            fsync_path(self._metrics_path)  # no checkpoint may be newer than the metrics that lead to it
+        if self._ranks.is_first:
+            self._guard.write(self._context.out)
+            if self._metrics_path.exists():
+                fsync_path(self._metrics_path)  # no checkpoint may be newer than the metrics that lead to it
         state = {
             "step": self._step,
             "interval": self._interval.to_state(),
             "guard": self._guard.to_state(),
+            "dead_experts": self._dead.to_state(),
+            "balance_bias": self._bias.to_state(),
         }
         self._saver.save(self._engine, self._step, state)
 
@@ -166,22 +212,56 @@ class Trainer:
         rate = self._curriculum.learning_rate(step)
         for parameters in engine.optimizer.param_groups:
             parameters["lr"] = rate
+        self._bias.apply(engine.module, step)
         gradients, grad_norm = self._training.gradients(step), averaged_grad_norm(engine)
         complaint = self._guard.judge(gradients.loss, grad_norm)
         if complaint is None:
             engine.step()
-            self._guard.accept(gradients.loss)
+            self._guard.accept(gradients.loss, grad_norm)
             self._interval.add(gradients.pooled, grad_norm)
+            self._bias.update(self._training.layout.expert_counts(gradients.pooled))
         else:
-            self._guard.refuse(step, complaint, self._source.sequences(step).describe())
-            drop_step(engine)
-            self._interval.skip()
-            if self._ranks.is_first:
-                self._guard.write(self._context.out)
+            self._spike(complaint)
         self._step += 1
         bar.update()
         bar.set_postfix(loss=f"{gradients.loss:.3f}", refresh=False)
         return gradients.waited_s
+
+    def _spike(self, complaint: str) -> None:
+        """Do about the current step's spike what the config says; the step's gradients are dropped.
+
+        Raises:
+            SpikeError: the run stops; it is recorded.
+            _Rewind: the run goes back; where to is recorded.
+        """
+        step, batch = self._step, self._source.sequences(self._step).describe()
+        try:
+            if self._config.on_spike != "rewind":
+                self._guard.refuse(step, complaint, batch)
+            elif self._spikes.rewinds >= self._config.max_rewinds:
+                raise stopped(step, complaint, batch, f", after {self._spikes.rewinds} rewinds (max_rewinds)")
+        except SpikeError:
+            self._spikes.stop(step, complaint)
+            raise
+        drop_step(self._engine)
+        if self._config.on_spike == "rewind":
+            self._saver.wait()
+            oldest = self._collectives.broadcast(self._store.steps()[0] if self._ranks.is_first else 0)
+            self._spikes.rewind(step, complaint, batch, oldest)
+            raise _Rewind
+        self._interval.skip()
+        if self._ranks.is_first:
+            self._guard.write(self._context.out)
+
+    def _pass_over(self, rewind: dict[str, Any], bar: Any) -> None:
+        """Leave the current step's batch out: the spike of ``rewind`` was near it."""
+        if self._ranks.is_first and self._step == rewind["first"]:
+            tqdm.write(f"Passing over steps {rewind['first']} to {rewind['last']}.", file=sys.stderr)
+        reason = f"the run went back from step {rewind['step']}, where {rewind['reason']}"
+        self._guard.pass_over(self._step, reason, rewind["batch"])
+        self._interval.skip()
+        self._step += 1
+        bar.update()
 
     def _run_training_stage(self, span: TrainingStageSpan) -> None:
         enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
@@ -199,8 +279,13 @@ class Trainer:
         compiled: int | None = None  # graphs after this training stage's first step
         with bar:
             while self._step < span.end:
-                waited_s += self._train_step(bar)
-                compiled = compiled_graphs() if compiled is None else compiled
+                rewind = self._spikes.passed_over(self._step)
+                if rewind is None:
+                    waited_s += self._train_step(bar)
+                    compiled = compiled_graphs() if compiled is None else compiled
+                else:
+                    self._pass_over(rewind, bar)
+                    since += 1  # no work, which the speed must not count
                 if self._step % self._config.log_every_steps == 0 or self._step == span.end:
                     elapsed = time.perf_counter() - began
                     tokens = (self._step - since) * span.stage.context * span.stage.sequences_per_step
@@ -224,9 +309,16 @@ class Trainer:
         )
 
     def _log_interval(self, tokens: int, elapsed_s: float, waited_s: float, flops_per_token: float) -> None:
+        loads_LE = self._interval.loads()
         metrics = self._interval.drain()
+        alarm = None
+        if LOSS_KEY in metrics:
+            alarm = self._dead.watch(loads_LE, self._step)
+            metrics.update(self._dead.metrics(loads_LE))
         if not self._ranks.is_first:
             return
+        if alarm is not None:
+            tqdm.write(alarm, file=sys.stderr)
         metrics["train/lr"] = self._curriculum.learning_rate(self._step - 1)
         metrics["train/tokens"] = float(self._curriculum.tokens_before(self._step))
         rate = tokens / max(elapsed_s, 1e-9)
@@ -266,7 +358,7 @@ class Trainer:
             self._record.put(name, entry)
             self._context.log_metrics(evaluation_metrics(name, entry), self._step)
         else:
-            self._record.values[name] = {}
+            self._record.values[name] = {"step": self._step}
         self._collectives.barrier()
 
     def _export(self, span: TrainingStageSpan) -> None:
@@ -315,25 +407,33 @@ class Trainer:
         self._resume()
         # 3) The bigram baseline: counted once, whatever happens to the run.
         self._fit_baseline()
-        # 4) The training stages, in order. One is over when its evaluation and its exported model are on disk.
+        # 4) The training stages; a rewind resumes from an earlier checkpoint.
         try:
-            for span in self._curriculum.spans:
-                if self._step > span.end or (self._step == span.end and self._is_finished(span)):
-                    continue
-                if self._step == span.start:
-                    self._evaluate(span, "start")  # at this training stage's context and RoPE base
-                self._run_training_stage(span)  # ends with a checkpoint,
-                self._evaluate(span, "end")  # so that a crash here costs no training
-                self._export(span)
-            # 5) The last checkpoint may still be being sealed.
-            self._saver.wait()
+            while True:
+                try:
+                    self._run_training_stages()
+                    break
+                except _Rewind:
+                    self._resume()
         finally:
             self._batches.close()
             self._saver.settle()
-        # 6) Steps that the guard dropped belong into the manifest.
-        for skipped in self._guard.skipped:
-            self._note_once(f"Step {skipped['step']} was skipped: {skipped['reason']}.")
+        # 5) What the guard left out and experts that died belong into the manifest.
+        for note in (*self._guard.notes(), *self._dead.alarms):
+            self._note_once(note)
         return self._record.values
+
+    def _run_training_stages(self) -> None:
+        """The training stages in order. One is over when its evaluation and its exported model are on disk."""
+        for span in self._curriculum.spans:
+            if self._step > span.end or (self._step == span.end and self._is_finished(span)):
+                continue
+            if self._step == span.start:
+                self._evaluate(span, "start")  # at this training stage's context and RoPE base
+            self._run_training_stage(span)  # ends with a checkpoint,
+            self._evaluate(span, "end")  # so that a crash here costs no training
+            self._export(span)
+        self._saver.wait()  # the last checkpoint may still be being sealed
 
     def _note_setting(self) -> None:
         for name, absent in self._source.absent.items():

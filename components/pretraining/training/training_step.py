@@ -15,6 +15,7 @@ from torch import Tensor
 
 from components.pretraining.config import PretrainConfig
 from components.pretraining.data.batches import MicroBatch
+from components.pretraining.data.curriculum import Curriculum
 from components.pretraining.processes.ranks import Ranks
 from components.pretraining.training.head_loss import fused_token_losses
 from components.pretraining.training.step_parts import part
@@ -37,10 +38,9 @@ class Gradients:
 
 
 def training_loss(ce: Tensor, out: Any, config: PretrainConfig) -> Tensor:
-    """What is minimised: the mean cross-entropy and the routers' two losses at their weights."""
-    loss: Tensor = (
-        ce + config.load_balance_coef * out.load_balance_loss + config.router_z_coef * out.router_z_loss
-    )
+    """What is minimised: the mean cross-entropy and, summed over layers, the routers' two losses at their weights."""
+    balance, router_z = out.load_balance_loss.sum(), out.router_z_loss.sum()
+    loss: Tensor = ce + config.load_balance_coef * balance + config.router_z_coef * router_z
     return loss
 
 
@@ -62,6 +62,7 @@ class TrainingStep:
         ranks: Ranks,
     ) -> None:
         self._engine, self._config, self._batches, self._ranks = engine, config, batches, ranks
+        self._curriculum = Curriculum(config)
         self.layout = Layout.of(engine.module.config)
         self._meter = StepMeter(self.layout, ranks)
         self._entropy = RouterEntropy(engine.module)
@@ -72,8 +73,8 @@ class TrainingStep:
         return through(
             input_ids=batch.input_ids_BT.to(device, non_blocking=True),
             document_ids=batch.document_ids_BT.to(device, non_blocking=True),
-            padded=batch.padding
-            > 0,  # other rows are whole windows; looking would synchronise with the device
+            # Other rows are whole windows; looking would synchronise with the device.
+            padded=batch.padding > 0,
             use_cache=False,
             logits_to_keep=1,  # the loss applies the output matrix itself
             output_hidden_states=True,
@@ -117,7 +118,7 @@ class TrainingStep:
         self._engine.train()
         self._meter.reset()
         left, balance = sum(map(len, groups)), self._engine.module.balance
-        sequences = self._source.curriculum.at(step).stage.sequences_per_step
+        sequences = self._curriculum.at(step).stage.sequences_per_step
         for group in groups:
             if self._config.load_balance_counts == "exact":
                 self._count_exactly(group)
