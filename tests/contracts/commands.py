@@ -32,6 +32,7 @@ COMMANDS = (
     "components.pretraining.long_context",
     "components.pretraining.replay",
     "components.pretraining.specialisation",
+    "components.pretraining.studies.anneal",
     "runtime_cpu.bench",
     "runtime_cpu.chat",
     "runtime_cpu.head",

@@ -53,7 +53,8 @@ def load_branch(
         StageError: it is missing, damaged or another one, or its model has other shapes.
     """
     folder = Path(branch.checkpoint)
-    problem, step, mesh = "", 0, {}
+    problem, step = "", 0
+    mesh: dict[str, Any] = {}
     try:
         if identity(folder) != branch.identity:
             problem = f"it is another one than the config names: its identity is {identity(folder)}"
