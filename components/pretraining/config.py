@@ -193,7 +193,7 @@ class PretrainConfig(StageConfig):
     optimizer: OptimizerPart = Field(default_factory=OptimizerPart)
     evaluation: EvaluationPart = Field(default_factory=EvaluationPart)
     load_balance_coef: float = Field(
-        default=0.008, ge=0.0, le=1.0, description="weight of each layer's load-balance loss"
+        default=0.032, ge=0.0, le=1.0, description="weight of each layer's load-balance loss"
     )
     load_balance_groups: int = Field(
         default=1,
@@ -227,7 +227,7 @@ class PretrainConfig(StageConfig):
         description="of the router's logits: as the weights, or fp32 also where these are bf16",
     )
     router_z_coef: float = Field(
-        default=1e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss"
+        default=4e-3, ge=0.0, le=1.0, description="weight of each layer's router z-loss"
     )
     absent_category: Literal["error", "renormalise"] = Field(
         default="renormalise", description="what to do when the shards lack a category that a mixture wants"

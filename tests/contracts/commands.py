@@ -34,6 +34,7 @@ COMMANDS = (
     "components.pretraining.specialisation",
     "components.pretraining.studies.data_wait",
     "components.pretraining.studies.router_lead",
+    "components.pretraining.studies.anneal",
     "runtime_cpu.bench",
     "runtime_cpu.chat",
     "runtime_cpu.head",

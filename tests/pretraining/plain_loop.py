@@ -118,10 +118,10 @@ def _gradients(
             out = model(input_ids=ids_BT, document_ids=_documents(ids_BT, source), use_cache=False)
             losses_BT = token_losses(out.logits, ids_BT)
             weight = len(ids_BT) / count
-            loss = losses_BT.mean() + config.load_balance_coef * out.load_balance_loss
-            ((loss + config.router_z_coef * out.router_z_loss) * weight).backward()
+            loss = losses_BT.mean() + config.load_balance_coef * out.load_balance_loss.sum()
+            ((loss + config.router_z_coef * out.router_z_loss.sum()) * weight).backward()
             nats_B[part] = losses_BT.detach().mean(dim=1)
-            losses = losses_BT.mean(), out.load_balance_loss, out.router_z_loss
+            losses = losses_BT.mean(), out.load_balance_loss.mean(), out.router_z_loss.mean()
             for name, value in zip(found, losses, strict=True):
                 found[name] += float(value.detach()) * weight
             for name, parameter in model.named_parameters():
