@@ -73,6 +73,7 @@ def _compile_one(source: str, name: str, target: Target) -> list[dict[str, Any]]
             "warps": config.num_warps,
             "stages": config.num_stages,
             "shared_bytes": int(kernel.metadata.shared),
+            "tensor_columns": int(getattr(kernel.metadata, "tmem_size", 0) or 0),
             "registers": int(registers[1]),
             "spilled_bytes": int(spills[1]) + int(spills[2]),
             "cubin_bytes": len(cubin) if cubin[:4] == b"\x7fELF" else 0,
@@ -88,6 +89,7 @@ def limits_exceeded(entry: dict[str, Any], target: Target) -> list[str]:
     threads = 32 * entry["warps"]
     asked = (
         ("bytes of shared memory a block", entry["shared_bytes"], target.block_shared_bytes),
+        ("columns of tensor memory a block", entry["tensor_columns"], target.tensor_columns),
         ("registers a thread", entry["registers"], target.thread_registers),
         ("registers a block", entry["registers"] * threads, target.block_registers),
         ("threads a block", threads, 1024),

@@ -32,6 +32,7 @@ class Target:
         block_shared_bytes: shared memory that one block can ask for (227 KiB).
         thread_registers: that one thread can address.
         block_registers: of one multiprocessor, so also the most that one block can have.
+        tensor_columns: of tensor memory, which Blackwell's matrix products accumulate in.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     block_shared_bytes: int = 232_448
     thread_registers: int = 255
     block_registers: int = 65_536
+    tensor_columns: int = 0
 
     @property
     def arch(self) -> int:
@@ -69,7 +71,7 @@ class Target:
 
 TARGETS = {
     "h100": Target("NVIDIA H100 80GB HBM3", (9, 0), 132, 80 * 2**30),
-    "b200": Target("NVIDIA B200", (10, 0), 148, 180 * 2**30),
+    "b200": Target("NVIDIA B200", (10, 0), 148, 180 * 2**30, tensor_columns=512),
 }
 
 
