@@ -22,16 +22,26 @@ _MOST_KINDS = 64  # of input, for one code object
 
 _made: list[list[Any]] = []  # what was compiled, by every function of compiled()
 _settings: dict[str, Any] = {"backend": "inductor", "fullgraph": False}
+_on_cpus = [False]
 
 
-def set_compile_backend(backend: str | Callable[..., Any], fullgraph: bool = False) -> None:
+def takes_kernels(tensor: torch.Tensor) -> bool:
+    """Whether what is computed from ``tensor`` takes the path of the GPUs, compiled, or else the CPU's own."""
+    return tensor.is_cuda or _on_cpus[0]
+
+
+def set_compile_backend(
+    backend: str | Callable[..., Any], fullgraph: bool = False, on_cpus: bool = False
+) -> None:
     """From now on compile with ``backend`` (as ``torch.compile`` takes it); modules compiled before keep theirs.
 
     Args:
         backend: ``"inductor"``, or what stands in for it.
         fullgraph: raise where the graph breaks, instead of compiling the parts.
+        on_cpus: tensors on the CPU take the path of the GPUs too, as a backend that can run it there wants.
     """
     _settings.update(backend=backend, fullgraph=fullgraph)
+    _on_cpus[0] = on_cpus
     for made in _made:
         made.clear()
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.configuration import SmallThinkerConfig
+from model.compiling import takes_kernels
 from model.grouped import grouped_experts
 
 Backend = Literal["auto", "loop", "grouped", "dense"]
@@ -195,7 +196,7 @@ class Experts(nn.Module):
         backend = self.backend
         if backend == "auto":
             # Under expert parallelism a rank may receive no row, which the grouped kernel does not accept.
-            backend = "grouped" if m_TD.is_cuda and experts_TK.numel() else "loop"
+            backend = "grouped" if takes_kernels(m_TD) and experts_TK.numel() else "loop"
         if backend == "dense":
             return self._dense(m_TD, weights_TK, experts_TK, valid_T)
         flat_R = experts_TK.reshape(-1)

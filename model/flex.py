@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from model.compiling import compiled
+from model.compiling import compiled, takes_kernels
 
 _BLOCK = 128
 
@@ -84,7 +84,7 @@ def document_blocks(documents_BT: Tensor, window: int | None) -> BlockMask:
 
 def attend(q_BNTH: Tensor, k_BGTH: Tensor, v_BGTH: Tensor, blocks: BlockMask) -> Tensor:
     """``[B, N, T, H]`` from queries of N heads and keys and values of G heads, scale ``H ** -0.5``."""
-    function = cast(Callable[..., Tensor], _fused_attention if q_BNTH.is_cuda else flex_attention)
+    function = cast(Callable[..., Tensor], _fused_attention if takes_kernels(q_BNTH) else flex_attention)
     grouped = q_BNTH.shape[1] != k_BGTH.shape[1]
     out_BNTH = function(q_BNTH, k_BGTH, v_BGTH, block_mask=blocks, enable_gqa=grouped)
     return out_BNTH

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.compiling import compiled
+from model.compiling import compiled, takes_kernels
 
 
 def _sum_rows(g_RD: Tensor, rows_TK: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ _KERNELS = {
 
 
 def _run(function: Any, *tensors: Tensor) -> Any:
-    return (_KERNELS[function] if tensors[0].is_cuda else function)(*tensors)
+    return (_KERNELS[function] if takes_kernels(tensors[0]) else function)(*tensors)
 
 
 class _Dispatch(torch.autograd.Function):

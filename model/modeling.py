@@ -29,6 +29,7 @@ from transformers.utils.generic import ModelOutput
 
 from model.attention import Attention, RMSNorm, RotaryEmbedding
 from model.checkpoint import OfficialTensor, parse_size, warn_untied, write_checkpoint
+from model.compiling import takes_kernels
 from model.configuration import SmallThinkerConfig
 from model.experts import Backend, Experts, Router, count_experts
 from model.losses import (
@@ -230,7 +231,7 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             padding_BS = None
         masks = {}
         backend = self.attention_backend
-        use_blocks = backend == "flex" or (backend == "auto" and x_BTD.is_cuda)
+        use_blocks = backend == "flex" or (backend == "auto" and takes_kernels(x_BTD))
         for windowed in (False, True):
             if windowed not in self.config.sliding_window_layout:
                 continue

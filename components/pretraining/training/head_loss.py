@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.compiling import compiled
+from model.compiling import compiled, takes_kernels
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = x_RD.shape[0]
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        losses_and_gradient = _one_kernel if x_RD.is_cuda else _losses_and_gradient
+        losses_and_gradient = _one_kernel if takes_kernels(x_RD) else _losses_and_gradient
         losses_R = torch.empty(rows, dtype=torch.float32, device=x_RD.device)
         grad_x_RD = torch.empty_like(x_RD) if wanted else None
         # Chunks are added up in float32: in bfloat16 the small late ones would be lost.
