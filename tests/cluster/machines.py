@@ -1,4 +1,4 @@
-"""A Slurm of three nodes on one machine: ``with Cluster(folder) as cluster: cluster.sbatch(...)``.
+"""A Slurm of three nodes on one machine: ``with Cluster(folder) as cluster: cluster.run("sinfo")``.
 
 A node is a network, mount, host-name and process namespace with Debian's slurmd of its own, on a bridge with the
 others; the first one runs slurmctld too. Namespaces and overlays need root; nothing outlives the block, and nothing of
@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +45,7 @@ SlurmctldLogFile={work}/slurmctld.log
 SlurmdLogFile={work}/slurmd-%n.log
 SlurmdParameters=config_overrides
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=1,requeue_delay=1
+AuthInfo=cred_expire=5
 ReturnToService=2
 SlurmdTimeout={silence_s}
 SlurmctldTimeout={silence_s}
@@ -87,7 +87,9 @@ def why_not() -> str:
     tried = subprocess.run(
         ["unshare", "-m", "-u", "-n", "-p", "--fork", "bash", "-c", probe], capture_output=True, text=True
     )
-    return f"namespaces or overlays do not work here: {tried.stderr.strip()[-200:]}" if tried.returncode else ""
+    return (
+        f"namespaces or overlays do not work here: {tried.stderr.strip()[-200:]}" if tried.returncode else ""
+    )
 
 
 class Cluster:
@@ -137,12 +139,13 @@ class Cluster:
         (etc / "slurm" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         hosts = "".join(f"10.77.0.{number} {name}\n" for number, name in enumerate(NODES, 1))
         (etc / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
+        (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # no name server
         self._ip("netns", "add", self._namespace(SWITCH))
         self._ip("link", "add", "br0", "type", "bridge", within=SWITCH)
         self._ip("link", "set", "br0", "up", within=SWITCH)
         for name in NODES:
             self.start(name)
-        wait_for(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "3", "three idle nodes")
+        self.await_idle()
 
     def start(self, name: str) -> None:
         """Plug a node in and start its daemons."""
@@ -162,8 +165,10 @@ class Cluster:
         )
         with (self.folder / f"{name}.out").open("ab") as log:
             self._nodes[name] = subprocess.Popen(
-                ["ip", "netns", "exec", space]
-                + ["unshare", "-m", "-u", "-p", "--fork", "--kill-child", "bash", str(script)],
+                [
+                    *("ip", "netns", "exec", space, "unshare", "-m", "-u", "-p", "--fork", "--kill-child"),
+                    *("bash", str(script)),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -188,13 +193,21 @@ class Cluster:
         node.kill()
         node.wait()
 
+    def cut(self, name: str, plugged: str = "down") -> None:
+        """Pull the node's network cable; its processes go on. ``"up"`` plugs it in again."""
+        self._ip("link", "set", f"v{NODES.index(name) + 1}", plugged, within=SWITCH)
+
     def lose(self, name: str) -> None:
         """Cut the node off, then kill all that runs on it: nobody hears of its end."""
-        self._ip("link", "set", f"v{NODES.index(name) + 1}", "down", within=SWITCH)
+        self.cut(name)
         self._end(name)
         self._ip("netns", "del", self._namespace(name))
 
     # ---------------------------------------------------------------- use
+
+    def await_idle(self) -> None:
+        """Return when all nodes are free."""
+        wait_for(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() == "3", "three idle nodes")
 
     def run(self, *command: str, cwd: Path | None = None, environment: dict[str, str] | None = None) -> str:
         """Run a command on the first node; its output."""
@@ -219,15 +232,15 @@ class Cluster:
         text = self.run("scontrol", "show", "job", number, "-o")
         return dict(re.findall(r"(\w+(?:/\w+)*)=(\S*)", text))
 
-    def processes(self, name: str, words: Sequence[str]) -> list[int]:
-        """Processes on a node whose command line holds all of ``words``, by the machine's numbers."""
-        space = os.readlink(f"/proc/{_children(self._nodes[name].pid)[0]}/ns/uts")
+    def processes(self, name: str, module: str) -> list[int]:
+        """Processes on a node that run a Python module as their first, by the machine's numbers."""
+        space = Path(f"/proc/{_children(self._nodes[name].pid)[0]}/ns/uts").readlink()
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and os.readlink(entry / "ns" / "uts") == space:
+                if entry.name.isdigit() and (entry / "ns" / "uts").readlink() == space:
                     line = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                    if all(any(word in part for part in line) for word in words):
+                    if "-m" in line and line[line.index("-m") + 1] == module:
                         found.append(int(entry.name))
             except OSError:
                 continue
