@@ -109,10 +109,13 @@ def run_pipeline(request: Request, say: Say = say_on_stderr, run_stage: RunStage
             say(f"registry: {line}")
         failed = False
     finally:
-        report = write_report(recipe.name, finished_manifests(runner), report_path)
-        tracker.pipeline_finished(report, failed)
+        try:
+            write_report(recipe.name, finished_manifests(runner), report_path)
+            tracker.pipeline_finished(report_path, failed)
+        except Exception as error:  # a full disk, a server that is gone: no reason to hide how the run ended
+            say(f"warning: the report and its tracking failed ({error})")
     say(f"finished in {(time.monotonic() - started) / 60:.1f} minutes")
-    _say_where_to_look(runner, report, say)
+    _say_where_to_look(runner, report_path, say)
     return True
 
 

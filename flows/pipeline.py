@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from components.artifacts import EXIT_USER_ERROR, PROJECT, ArtifactError, StageError
+from components.artifacts import EXIT_INTERRUPTED, EXIT_USER_ERROR, PROJECT, ArtifactError, StageError
 from flows.execution import Request, run_pipeline, say_on_stderr
 from flows.overrides import RecipeError, resolve
 from flows.recipes import RECIPES
@@ -68,10 +68,10 @@ def execute(request: Request, plan: bool = False, plain: bool = False, verify: b
             run_as_flow(request)
     except (RecipeError, StageError, ArtifactError) as error:
         say_on_stderr(f"error: {error}")
-        return EXIT_USER_ERROR
+        return error.exit_code if isinstance(error, StageError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         say_on_stderr("interrupted; what was finished is kept: the same command goes on from there")
-        return 130
+        return EXIT_INTERRUPTED
     return 0
 
 

@@ -21,7 +21,6 @@ import psutil
 from tqdm import tqdm
 
 from components.artifacts import (
-    EXIT_USER_ERROR,
     METRICS_NAME,
     PROJECT,
     ArtifactError,
@@ -29,9 +28,11 @@ from components.artifacts import (
     Identity,
     Manifest,
     ParentEntry,
+    ProcessPeaks,
     StageError,
     fingerprint,
     read_manifest,
+    stage_error,
 )
 from components.artifacts.manifest import code_revision, collect_files
 from components.artifacts.verification import file_system_time_ns, remember
@@ -104,6 +105,7 @@ class Runner:
     say: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr)  # noqa: T201
     rebuild: Sequence[str] = ()
     store: ArtifactStore = field(init=False)
+    _untold: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.root = self.root.resolve()
@@ -185,9 +187,19 @@ class Runner:
             cached = manifest is not None
             if manifest is None:
                 manifest = self._build(stage, identity, folder, lock_descriptor)
-            if self.observer is not None:
-                self.observer.stage_finished(identity, folder, manifest, cached)
+            self._tell("stage_finished", identity, folder, manifest, cached)
         return StageOutcome(stage, identity, folder, manifest, cached)
+
+    def _tell(self, event: str, *arguments: Any) -> None:
+        """Tell the observer; what fails there (a full disk, a server that is gone) is said once and stops nothing."""
+        if self.observer is None:
+            return
+        try:
+            getattr(self.observer, event)(*arguments)
+        except Exception as error:
+            if event not in self._untold:
+                self._untold.add(event)
+                self.say(f"warning: tracking failed at {event} ({_first_line(error)}); the run goes on")
 
     def _build(self, stage: Stage, identity: Identity, folder: Path, lock_descriptor: int) -> Manifest:
         inputs = {}
@@ -197,15 +209,17 @@ class Runner:
             inputs[role] = self.store.folder(parent)
         self.say(f"{stage.name}: running ({'; '.join(self.store.why_stale(identity)[:4])})")
         folder.mkdir(parents=True, exist_ok=True)
-        if self.observer is not None:
-            self.observer.stage_started(identity, folder)
+        self._tell("stage_started", identity, folder)
         started = time.monotonic()
         try:
             result, peak_bytes = self._run_process(stage, identity, folder, inputs, lock_descriptor)
         except StageError as error:
-            if self.observer is not None:
-                self.observer.stage_failed(identity, folder, str(error))
+            self._tell("stage_failed", identity, folder, str(error))
             raise
+        peaks = ProcessPeaks(**result["peaks"]) if result["peaks"] else None
+        if peaks is not None:
+            # What runs on other machines, or as a scheduler's child, is not among this process's descendants.
+            peak_bytes = max(peak_bytes, peaks.host_bytes_sum)
         began_ns = file_system_time_ns(folder)
         manifest = Manifest(
             stage=stage.name,
@@ -221,6 +235,7 @@ class Runner:
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             duration_s=round(time.monotonic() - started, 3),
             peak_memory_bytes=peak_bytes,
+            process_peaks=peaks,
         )
         self.store.write_manifest(folder, manifest)
         remember(folder, manifest.files, began_ns)
@@ -298,8 +313,8 @@ class Runner:
         result: dict[str, Any] = json.loads(text) if text else {}
         if process.returncode == 0 and "metrics" in result:
             return result, peak_bytes
-        if process.returncode == EXIT_USER_ERROR and "error" in result:
-            raise StageError(f"{stage.name}: {result['error']}")
+        if process.returncode > 0 and "error" in result:
+            raise stage_error(process.returncode, f"{stage.name}: {result['error']}")
         how = f"was killed by signal {-process.returncode}" if process.returncode < 0 else "failed"
         raise StageError(
             f"{stage.name}: the stage's process {how} (exit code {process.returncode}; its output is above). "
@@ -313,8 +328,8 @@ class Runner:
             root = psutil.Process(process.pid)
             while process.poll() is None:
                 peak_bytes = max(peak_bytes, _tree_memory_bytes(root))
-                if self.observer is not None and (folder / METRICS_NAME).is_file():
-                    self.observer.metrics_written(identity, folder)
+                if (folder / METRICS_NAME).is_file():
+                    self._tell("metrics_written", identity, folder)
                 try:
                     process.wait(_POLL_S)
                 except subprocess.TimeoutExpired:
@@ -330,6 +345,10 @@ class Runner:
                     process.kill()
                     process.wait()
         return peak_bytes
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _tree_memory_bytes(root: psutil.Process) -> int:

@@ -1,41 +1,27 @@
 """Runs one stage in a process of its own: ``python -m flows.stage_process REQUEST RESULT_FD`` (by the runner).
 
 REQUEST is JSON; the result goes to the inherited pipe RESULT_FD, which works on a full disk too. Exit codes: 0 done,
-2 an error that the user can act on (its sentence is in the result), 1 a defect (traceback on stderr).
+1 a defect (traceback on stderr), else that of a ``StageError``, whose sentence is in the result: 2 the user can act on
+it, 75 the same command may simply be started again, 130 interrupted.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
 
-from components.artifacts import EXIT_USER_ERROR, ArtifactError, StageContext, StageError, die_with_parent
-
-
-def _describe_os_error(error: OSError, context: StageContext) -> str | None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free_bytes = shutil.disk_usage(context.out).free
-        return (
-            f"no room left while stage {context.stage} was writing"
-            f"{f' {error.filename}' if error.filename else ''} ({free_bytes / 2**20:.0f} MiB free under "
-            f"{context.out}). What was finished is kept: make room and run the same command again"
-        )
-    return None
-
-
-def _caused_by_os_error(error: BaseException) -> OSError | None:
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+from components.artifacts import (
+    EXIT_USER_ERROR,
+    ArtifactError,
+    StageContext,
+    StageError,
+    die_with_parent,
+    no_room,
+)
 
 
 def main(request_text: str, result_descriptor: int) -> int:
@@ -53,14 +39,16 @@ def main(request_text: str, result_descriptor: int) -> int:
         cache=Path(request["cache"]),
     )
     result: dict[str, object]
+    code = EXIT_USER_ERROR
     try:
         metrics = importlib.import_module(request["module"]).run(context)
         result = {"metrics": {k: float(v) for k, v in metrics.items()}}
-    except (StageError, ArtifactError) as error:
+    except StageError as error:
+        result, code = {"error": str(error)}, error.exit_code
+    except ArtifactError as error:
         result = {"error": str(error)}
     except Exception as error:
-        os_error = _caused_by_os_error(error)
-        described = _describe_os_error(os_error, context) if os_error else None
+        described = no_room(error, context)
         if described is None:
             traceback.print_exc()
             return 1
@@ -68,8 +56,8 @@ def main(request_text: str, result_descriptor: int) -> int:
     finally:
         context.close()
     with os.fdopen(result_descriptor, "w") as pipe:
-        json.dump({**result, "notes": context.notes}, pipe)
-    return EXIT_USER_ERROR if "error" in result else 0
+        json.dump({**result, "notes": context.notes, "peaks": context.peaks}, pipe)
+    return code if "error" in result else 0
 
 
 if __name__ == "__main__":

@@ -15,16 +15,30 @@ from components.artifacts.manifest import (
     FileEntry,
     Manifest,
     ParentEntry,
+    ProcessPeaks,
     fingerprint,
     read_manifest,
 )
 from components.artifacts.once import once
 from components.artifacts.processes import die_with_parent
-from components.artifacts.stage import EXIT_USER_ERROR, METRICS_NAME, StageContext, StageError
+from components.artifacts.space import no_room
+from components.artifacts.stage import (
+    EXIT_INTERRUPTED,
+    EXIT_RETRY,
+    EXIT_USER_ERROR,
+    METRICS_NAME,
+    StageAborted,
+    StageContext,
+    StageError,
+    StageInterrupted,
+    stage_error,
+)
 from components.artifacts.store import ArtifactStore, Identity, flatten
 from components.artifacts.verification import check_artifact
 
 __all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_RETRY",
     "EXIT_USER_ERROR",
     "METRICS_NAME",
     "PROJECT",
@@ -34,9 +48,12 @@ __all__ = [
     "Identity",
     "Manifest",
     "ParentEntry",
+    "ProcessPeaks",
+    "StageAborted",
     "StageConfig",
     "StageContext",
     "StageError",
+    "StageInterrupted",
     "canonical_json",
     "check_artifact",
     "die_with_parent",
@@ -44,10 +61,12 @@ __all__ = [
     "flatten",
     "fsync_path",
     "new_file",
+    "no_room",
     "once",
     "parse_config",
     "read_manifest",
     "sha256_file",
+    "stage_error",
     "write_atomically",
     "write_json",
     "wrong_values",

@@ -55,6 +55,22 @@ class ParentEntry(BaseModel):
     fingerprint: str
 
 
+class ProcessPeaks(BaseModel):
+    """Peak memory of a stage's worker processes as they report it themselves, on whatever machine, in bytes.
+
+    ``host`` is a process's largest resident set, in which pages that processes share count for each; ``device`` is what
+    torch allocated on its accelerator, 0 on a CPU.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    processes: int
+    host_bytes_greatest: int
+    host_bytes_sum: int
+    device_bytes_greatest: int
+    device_bytes_sum: int
+
+
 class Manifest(BaseModel):
     """The contents of ``manifest.json``."""
 
@@ -74,6 +90,7 @@ class Manifest(BaseModel):
     created_at: str
     duration_s: float
     peak_memory_bytes: int
+    process_peaks: ProcessPeaks | None = None
 
 
 def fingerprint(

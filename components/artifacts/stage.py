@@ -18,10 +18,36 @@ METRICS_NAME = "metrics.jsonl"
 # Exit code of every command and stage process for an error that the user can act on, the same as argparse's; a sentence
 # on stderr says what it was. Exit code 1 means a defect.
 EXIT_USER_ERROR = 2
+# Something outside the run ended it (what sendmail calls EX_TEMPFAIL); a scheduler may start the same command again.
+EXIT_RETRY = 75
+# As a shell has it after Ctrl-C.
+EXIT_INTERRUPTED = 130
 
 
 class StageError(Exception):
     """A stage cannot go on; the message says what was wrong and what to do, in one or two sentences."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class StageAborted(StageError):
+    """Something outside the stage ended it: a machine, a process that died or hung. The same command goes on."""
+
+    exit_code = EXIT_RETRY
+
+
+class StageInterrupted(StageError):
+    """A signal asked the stage to stop; what it had is saved, and the same command goes on."""
+
+    exit_code = EXIT_INTERRUPTED
+
+
+def stage_error(exit_code: int, message: str) -> StageError:
+    """The error that a process which ended with ``exit_code`` had met."""
+    for kind in (StageAborted, StageInterrupted):
+        if kind.exit_code == exit_code:
+            return kind(message)
+    return StageError(message)
 
 
 @dataclass
@@ -37,6 +63,7 @@ class StageContext:
             a stage either resumes from them or overwrites them. Names starting with a dot are scratch: they
             are not part of the artefact, and are removed when it is finished.
         cache: folder shared by all stages and runs for verified downloads.
+        peaks: what the stage's own processes say of their memory, where it has several; ends in the manifest.
     """
 
     stage: str
@@ -46,6 +73,7 @@ class StageContext:
     out: Path
     cache: Path
     notes: list[str] = field(default_factory=list)
+    peaks: Mapping[str, Any] | None = None
     _metrics_file: IO[str] | None = field(default=None, repr=False)
 
     @property

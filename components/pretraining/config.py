@@ -166,6 +166,10 @@ class PretrainConfig(StageConfig):
             "keep_checkpoints",
             "seal_in_background",
             "save_grace_s",
+            # When a run that stands still is given up, and what is kept to find out why.
+            "hang_timeout_s",
+            "pause_timeout_s",
+            "nccl_trace_events",
             # What a loss spike leads to: a run without one is the same under every policy; skipped steps are noted.
             "spike_ratio",
             "grad_spike_ratio",
@@ -295,6 +299,25 @@ class PretrainConfig(StageConfig):
         ge=1,
         le=86_400,
         description="seconds that a run may take after SIGTERM to finish its step, save and seal",
+    )
+    hang_timeout_s: int = Field(
+        default=300,
+        ge=0,
+        le=86_400,
+        description="seconds without progress within a training step after which a run of several processes prints "
+        "their stacks and ends, to be started again; below NCCL's 600; 0: never, whatever the run does",
+    )
+    pause_timeout_s: int = Field(
+        default=7200,
+        ge=1,
+        le=604_800,
+        description="the same outside training steps: start, first step, evaluation, export. A save has save_grace_s",
+    )
+    nccl_trace_events: int = Field(
+        default=2000,
+        ge=0,
+        le=1_000_000,
+        description="collectives of each process that NCCL's flight recorder keeps and writes when one hangs; 0: none",
     )
     spike_ratio: float = Field(
         default=1.75,

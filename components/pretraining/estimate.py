@@ -16,6 +16,7 @@ from components.artifacts import StageError
 from components.pretraining.config import HardwarePart, PretrainConfig
 from components.pretraining.data.accumulation import BatchCut
 from components.pretraining.data.curriculum import Curriculum
+from components.pretraining.launcher import node_count
 
 if TYPE_CHECKING:
     from model import SmallThinkerConfig
@@ -281,12 +282,12 @@ def estimate_run(
 
 
 def gpus_here(environment: Mapping[str, str]) -> tuple[int, float]:
-    """CUDA devices of this machine (times the nodes of a Slurm allocation), and the smallest one's memory in bytes."""
+    """CUDA devices of this machine times the nodes of the run, and the smallest one's memory in bytes."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory = min((float(torch.cuda.get_device_properties(i).total_memory) for i in range(count)), default=0.0)
-    return count * int(environment.get("SLURM_JOB_NUM_NODES", "1")), memory
+    return count * node_count(environment), memory
 
 
 def preflight(config: PretrainConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,9 +27,9 @@ def run(context: StageContext) -> dict[str, float]:
         StageError: a wrong config, missing shards, a loss that is not finite, or an interruption (resumable).
     """
     config = parse_config(PretrainConfig, context)
-    if config.processes > 1 or config.hardware.gpus > 1:
-        from components.pretraining.launcher import train_under_torchrun
+    from components.pretraining.launcher import needs_torchrun, train_under_torchrun
 
+    if needs_torchrun(config, os.environ):
         evaluations = train_under_torchrun(context, config)
     else:
         evaluations = train_here(context, config)
@@ -39,12 +40,19 @@ def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
     """Train as one process of the run: the only one, or the one that torchrun's environment says."""
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
+    from components.pretraining.processes.health import CONNECTING_S, check_health
+    from components.pretraining.processes.heartbeat import beat
     from components.pretraining.processes.interruption import Interruption
     from components.pretraining.processes.ranks import join_processes
     from components.pretraining.training.trainer import Trainer
 
     with Interruption.watching() as interruption:
+        beat(0, "the start", config.pause_timeout_s)  # from here on the node may pass signals on
         ranks = join_processes(config)
+        if ranks.world > 1:
+            beat(0, "the check of devices", max(CONNECTING_S, config.hang_timeout_s))
+            check_health(ranks)
+            beat(0, "the start", config.pause_timeout_s)
         try:
             return Trainer(context, config, ranks, interruption).train()
         except FailOnRecompileLimitHit as error:

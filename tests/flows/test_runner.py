@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import PROJECT, ArtifactError, StageError, read_manifest
+from components.artifacts import (
+    PROJECT,
+    ArtifactError,
+    StageAborted,
+    StageError,
+    StageInterrupted,
+    read_manifest,
+)
 from tests.flows.conftest import TOY_STAGES
 from tests.waiting import CEILING_S, state_of, wait_for
 
@@ -60,6 +67,7 @@ def test_a_new_stage_version_makes_its_artefact_stale(toy, monkeypatch):
     [
         ("fail", "first: the value 7 is wrong; allowed are 1 to 5"),
         ("full_disk", "no room left while stage first was writing shard.ds"),
+        ("torn_checkpoint", "no room left while stage first was writing"),
         ("crash", "the stage's process failed"),
         ("die", "killed by signal 9"),
     ],
@@ -78,6 +86,38 @@ def test_a_failed_stage_gives_one_sentence_and_no_manifest_and_keeps_its_progres
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "kind", "code"),
+    [
+        ("fail", StageError, 2),
+        ("abort", StageAborted, 75),
+        ("interrupted", StageInterrupted, 130),
+        ("die", StageError, 2),
+    ],
+)
+def test_a_scheduler_can_tell_what_to_try_again(toy, flag, kind, code):
+    with pytest.raises(StageError) as caught:
+        toy(first={flag: True}).run_stage(TOY_STAGES[0])
+    assert type(caught.value) is kind and caught.value.exit_code == code
+    assert str(caught.value).startswith("first: ")
+
+
+def test_the_memory_of_processes_elsewhere_is_in_the_manifest(toy):
+    """A scheduler's children, and those of other machines, are none of the runner's: they say it themselves."""
+    gib = 1 << 30
+    peaks = {
+        "processes": 16, "host_bytes_greatest": 5 * gib, "host_bytes_sum": 60 * gib,
+        "device_bytes_greatest": 70 * gib, "device_bytes_sum": 900 * gib,
+    }  # fmt: skip
+    manifest = toy(first={"peaks": peaks}).run_stage(TOY_STAGES[0]).manifest
+    assert manifest.process_peaks is not None and manifest.process_peaks.model_dump() == peaks
+    assert manifest.peak_memory_bytes == 60 * gib
+    small = {**peaks, "host_bytes_sum": 2, "host_bytes_greatest": 1}
+    here = toy(first={"peaks": small, "value": 2}).run_stage(TOY_STAGES[0]).manifest
+    assert here.peak_memory_bytes > 1 << 20  # what the runner itself saw is more
+    assert toy().run_stage(TOY_STAGES[0]).manifest.process_peaks is None
+
+
 class Interrupting:
     """An observer during whose work the user presses Ctrl-C."""
 
@@ -88,6 +128,30 @@ class Interrupting:
 
     def metrics_written(self, *arguments):
         raise KeyboardInterrupt
+
+
+class Failing:
+    """An observer whose server is gone, or whose disk is full."""
+
+    def __getattr__(self, event):
+        def fail(*arguments):
+            raise RuntimeError(f"(sqlite3.OperationalError) database or disk is full, at {event}")
+
+        return fail
+
+
+def test_an_observer_that_fails_stops_nothing(toy):
+    runner = toy()
+    runner.observer = Failing()
+    assert runner.run_stage(TOY_STAGES[0]).manifest.metrics["value"] == 1
+    assert (
+        sum("tracking failed at stage_started (RuntimeError: (sqlite3" in line for line in runner.said) == 1
+    )
+    assert sum("tracking failed at stage_finished" in line for line in runner.said) == 1
+    failing = toy(first={"fail": True})
+    failing.observer = Failing()
+    with pytest.raises(StageError, match="the value 7 is wrong"):  # not what the observer met
+        failing.run_stage(TOY_STAGES[0])
 
 
 @pytest.mark.parametrize(("grace_s", "saves"), [(3600, True), (0.25, False)])

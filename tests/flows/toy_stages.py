@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from components.artifacts import StageContext, StageError
+from components.artifacts import StageAborted, StageContext, StageError, StageInterrupted
 
 VERSION = 1
 
@@ -21,6 +21,12 @@ def run(context: StageContext) -> dict[str, float]:
         handle.write("x")
     if config.get("fail"):
         raise StageError("the value 7 is wrong; allowed are 1 to 5")
+    if config.get("abort"):
+        raise StageAborted("a node was lost")
+    if config.get("interrupted"):
+        raise StageInterrupted("stopped by SIGTERM, saved")
+    if config.get("torn_checkpoint"):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed")
     if config.get("crash"):
         raise ZeroDivisionError("a defect")
     if config.get("full_disk"):
@@ -49,4 +55,5 @@ def run(context: StageContext) -> dict[str, float]:
     parents = "".join((path / "data.txt").read_text() for path in context.inputs.values())
     (context.out / "data.txt").write_text(f"{parents}{context.stage}={config['value']};")
     context.note("a note")
+    context.peaks = config.get("peaks")
     return {"value": config["value"], "attempts": attempts.stat().st_size}

@@ -10,7 +10,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from components.pretraining.dry_run.fake_cuda import load_fake_cuda  # noqa: E402
+from components.pretraining.dry_run.fake_cuda import load_fake_cuda
 
 load_fake_cuda()
 
@@ -111,7 +111,10 @@ def micro_step(dtype: torch.dtype, layers: int, tokens: int, recompute: bool) ->
             ce, losses_BT = fused_token_losses(out.hidden_states[-1], model.lm_head.weight, ids_BT, 50)
             training_loss(ce, out, config).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        counts = {"counts": out.router_stats.expert_counts, "active": out.router_stats.active_neurons_by_expert}
+        counts = {
+            "counts": out.router_stats.expert_counts,
+            "active": out.router_stats.active_neurons_by_expert,
+        }
         runs.append({"losses": losses_BT, "z": out.router_z_loss, **counts, **gradients})
     return relative_errors(runs[1], runs[0])
 

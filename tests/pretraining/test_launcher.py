@@ -13,13 +13,19 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
-from components.artifacts import Manifest, write_json
+from components.artifacts import EXIT_RETRY, Manifest, write_json
 from components.artifacts.manifest import collect_files
 from components.pretraining.config import PretrainConfig
-from components.pretraining.launcher import launch_command, worker_environment
+from components.pretraining.launcher import (
+    kill_wait_warning,
+    launch_command,
+    needs_torchrun,
+    worker_environment,
+)
+from components.pretraining.node import torchrun_command
 from components.pretraining.presets import PRESETS
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, make_tokens, run_config, stage_config
@@ -48,29 +54,104 @@ def several(processes: int, steps: int = STEPS, **values: Any) -> dict[str, Any]
     )
 
 
-def test_one_machine() -> None:
-    config = PretrainConfig.model_validate(several(2))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    worker = ["-m", "components.pretraining.worker", str(REQUEST)]
-    for environment in ({}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}):
-        assert launch_command(config, REQUEST, environment) == [*torchrun, *worker]
+NODE = [sys.executable, "-m", "components.pretraining.node", str(REQUEST)]
+SRUN = ("--ntasks-per-node=1", "--kill-on-bad-exit=1")
 
 
-def test_four_nodes_of_a_slurm_allocation() -> None:
-    config = PretrainConfig.model_validate(several(2, device="cpu"))
-    environment = {"SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_ID": "4711", "SLURMD_NODENAME": "gpu017"}
-    assert launch_command(config, REQUEST, environment) == [
-        *("srun", "--nodes=4", "--ntasks-per-node=1", "--kill-on-bad-exit=1"),
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-        *("--nnodes=4", "--rdzv_backend=c10d", "--rdzv_id=4711", "--rdzv_endpoint=gpu017:29500"),
-        *("-m", "components.pretraining.worker", str(REQUEST)),
-    ]
+@pytest.mark.parametrize(
+    ("environment", "command"),
+    [
+        ({}, NODE),
+        ({"PET_NNODES": "1", "PET_NODE_RANK": "0"}, NODE),
+        # Slurm's warning reaches steps, and not what the batch script started itself.
+        ({"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}, ["srun", "--nodes=1", *SRUN, *NODE]),
+        ({"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, NODE),
+        (
+            {"SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_ID": "4711", "SLURMD_NODENAME": "gpu017"},
+            ["srun", "--nodes=4", *SRUN, *NODE, "--nodes=4", "--rendezvous=gpu017:29500"],
+        ),
+        (
+            {"PET_NNODES": "4", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "p-0", "PET_MASTER_PORT": "29501"},
+            [*NODE, "--nodes=4", "--rendezvous=p-0:29501", "--node-number=2"],
+        ),
+    ],
+    ids=["one machine", "one pod", "one Slurm node", "within a step", "four Slurm nodes", "four pods"],
+)
+def test_who_starts_the_nodes(environment: dict[str, str], command: list[str]) -> None:
+    assert launch_command(REQUEST, environment) == command
 
 
-def test_torchrun_gives_workers_the_time_that_the_config_says() -> None:
-    config = PretrainConfig.model_validate(several(2, save_grace_s=77))
-    environment = worker_environment(config, {"HOME": "/h", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "30"})
-    assert environment == {"HOME": "/h", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77", "OMP_NUM_THREADS": "1"}
+@pytest.mark.parametrize(
+    ("values", "environment", "needed"),
+    [
+        ({}, {}, False),
+        ({"processes": 2}, {}, True),
+        ({"hardware": {"gpus": 2}}, {}, True),
+        ({}, {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, True),
+        ({}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}, True),
+        ({}, {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}, False),
+        ({}, {"PET_NNODES": "2"}, True),
+    ],
+)
+def test_one_process_trains_alone_where_it_hears_its_scheduler(
+    values: dict[str, Any], environment: dict[str, str], needed: bool
+) -> None:
+    config = PretrainConfig.model_validate({**several(1), **values})
+    assert needs_torchrun(config, environment) == needed
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ({}, ["--standalone"]),
+        ({"nodes": 4, "rendezvous": "gpu017:29500"}, ["--nnodes=4", "--rdzv_endpoint=gpu017:29500"]),
+        (
+            {"nodes": 4, "rendezvous": "p-0:29501", "number": 2},
+            ["--nnodes=4", "--node_rank=2", "--master_addr=p-0", "--master_port=29501"],
+        ),
+    ],
+)
+def test_a_node_starts_torchrun(place: dict[str, Any], words: list[str]) -> None:
+    command = torchrun_command(8, REQUEST, **place)
+    assert command[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
+    assert all(word in command for word in words)
+    # A second signal would make torchrun kill workers that save: it hears of none.
+    assert "--signals-to-handle=SIGQUIT" in command
+    assert command[-3:] == ["-m", "components.pretraining.worker", str(REQUEST)]
+    options = get_args_parser().parse_args(command[3:])
+    assert options.nproc_per_node == "8" and options.training_script == "components.pretraining.worker"
+
+
+def test_nccl_keeps_what_it_did_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    config = PretrainConfig.model_validate(several(2, nccl_trace_events=77))
+    given = {"HOME": "/h", "OMP_NUM_THREADS": "9", "NCCL_DEBUG": "INFO"}
+    environment = worker_environment(config, tmp_path, given)
+    assert environment["HOME"] == "/h" and environment["OMP_NUM_THREADS"] == "1"
+    assert environment["NCCL_DEBUG"] == "INFO"
+    assert environment["TORCH_FR_BUFFER_SIZE"] == "77" and environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(tmp_path))
+    without = PretrainConfig.model_validate(several(2, nccl_trace_events=0))
+    assert not [name for name in worker_environment(without, tmp_path, {}) if "FR" in name or "DUMP" in name]
+
+
+SETTINGS = "KeepAliveTime           = SYSTEM_DEFAULT\nKillOnBadExit           = 0\nKillWait                = {} sec\n"
+
+
+@pytest.mark.parametrize(
+    ("kill_wait_s", "grace_s", "warned"),
+    [(30, 840, True), (30, 30, False), (900, 840, False), (30, 31, True)],
+)
+def test_a_scancel_that_is_too_quick_is_said_with_what_to_do(
+    kill_wait_s: int, grace_s: int, warned: bool
+) -> None:
+    config = PretrainConfig.model_validate(several(2, save_grace_s=grace_s))
+    warning = kill_wait_warning(config, {"SLURM_JOB_ID": "4711"}, SETTINGS.format(kill_wait_s))
+    assert bool(warning) == warned
+    if warned:
+        for words in (f"after {kill_wait_s} s", f"{grace_s} s (save_grace_s)", "scancel --signal=TERM 4711"):
+            assert words in warning
+    assert kill_wait_warning(config, {}, SETTINGS.format(kill_wait_s)) == ""
+    assert kill_wait_warning(config, {"SLURM_JOB_ID": "4711"}, "") == ""
 
 
 def test_schedulers_warn_before_the_time_to_save_is_over() -> None:
@@ -78,12 +159,21 @@ def test_schedulers_warn_before_the_time_to_save_is_over() -> None:
     assert grace == PRESETS["4b"]().save_grace_s
     batch = (PROJECT / "infra" / "slurm" / "pretrain.sbatch").read_text()
     warning = re.search(r"^#SBATCH --signal=TERM@(\d+)$", batch, re.MULTILINE)
-    assert warning is not None and int(warning[1]) >= grace + 30 and "SHUTDOWN_TIMEOUT" not in batch
-    job = list(yaml.safe_load_all((PROJECT / "infra" / "kubernetes" / "pretrain.yaml").read_text()))[1]
-    pod = job["spec"]["template"]["spec"]
-    environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
-    assert environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == str(grace)
-    assert pod["terminationGracePeriodSeconds"] >= grace + 30
+    assert warning is not None and int(warning[1]) >= grace + 30
+    # A requeued job has the log's name of its first try.
+    assert "#SBATCH --open-mode=append\n" in batch and "#SBATCH --requeue\n" in batch
+    assert f"code == {EXIT_RETRY}" in batch and "scancel --signal=TERM" in batch
+
+
+# A step of the plan takes 4 to 8 s, a micro-step less; NCCL gives up after its default.
+LONGEST_STEP_S, NCCL_S = 60, 600
+
+
+def test_a_hang_is_noticed_before_nccl_and_after_the_longest_step() -> None:
+    for name in ("21b", "4b"):
+        config = PRESETS[name]()
+        assert LONGEST_STEP_S < config.hang_timeout_s < NCCL_S <= config.pause_timeout_s
+        assert {"hang_timeout_s", "pause_timeout_s", "nccl_trace_events"} <= config.PLACEMENT
 
 
 def assert_same_losses(out: Path, one: Path) -> None:

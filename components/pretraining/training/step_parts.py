@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch.profiler import record_function
 
+from components.pretraining.processes.heartbeat import beat_on
+
 PARTS = (
     "attention",
     "router and dispatch",
@@ -24,5 +26,7 @@ PREFIX = "part:"
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """What runs within counts as part ``name`` of :data:`PARTS`, unless a module in it says otherwise."""
+    beat_on(f"{name}")
     with record_function(PREFIX + name):
         yield
+    beat_on("the step")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from components.artifacts import METRICS_NAME, StageContext, StageError, fsync_path
+from components.artifacts import METRICS_NAME, StageContext, StageError, StageInterrupted, fsync_path
 from components.corpus.shards import HELD_OUT_SPLIT, TOKENIZER_FOLDER, TRAIN_SPLIT, TokenShards
 from components.measures.heldout import HeldOut, fit_bigram
 from components.pretraining.architecture import model_config
@@ -40,6 +40,7 @@ from components.pretraining.deepspeed.gradients import averaged_grad_norm, drop_
 from components.pretraining.deepspeed.initial_model import initial_model
 from components.pretraining.deepspeed.master_weights import MasterWeights, export_model
 from components.pretraining.processes.collectives import Collectives
+from components.pretraining.processes.heartbeat import beat
 from components.pretraining.processes.interruption import Interruption
 from components.pretraining.processes.ranks import Ranks, describe_mesh
 from components.pretraining.training.balance_bias import BalanceBias
@@ -54,7 +55,7 @@ from model.accounting import training_flops_per_token
 from model.compiling import compiled_graphs
 
 
-class TrainingInterrupted(StageError):
+class TrainingInterrupted(StageInterrupted):
     """A signal asked the run to stop; it saved a checkpoint, from which the same command resumes."""
 
 
@@ -191,6 +192,7 @@ class Trainer:
             describe_run(self._context.scratch, dict(self._context.config), self._context.inputs["tokenize"])
 
     def _save(self) -> None:
+        beat(self._step, "the save", max(self._config.save_grace_s, self._config.hang_timeout_s))
         if self._ranks.is_first:
             self._guard.write(self._context.out)
             if self._metrics_path.exists():
@@ -266,6 +268,7 @@ class Trainer:
     def _run_training_stage(self, span: TrainingStageSpan) -> None:
         enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
         flops = training_flops_per_token(self._architecture, span.stage.context)
+        config, first = self._config, self._step
         began, waited_s, since = time.perf_counter(), 0.0, self._step
         bar = tqdm(
             total=span.end - span.start,
@@ -279,6 +282,9 @@ class Trainer:
         compiled: int | None = None  # graphs after this training stage's first step
         with bar:
             while self._step < span.end:
+                # The first step compiles, and makes connections.
+                slow = self._step == first
+                beat(self._step, "the step", config.pause_timeout_s if slow else config.hang_timeout_s)
                 rewind = self._spikes.passed_over(self._step)
                 if rewind is None:
                     waited_s += self._train_step(bar)
@@ -339,6 +345,7 @@ class Trainer:
         name = f"{span.name}:{moment}"
         if name in self._record:
             return
+        beat(self._step, f"the evaluation {name}", self._config.pause_timeout_s)
         enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
         scores = self._heldout.evaluate(
             self._engine.module,
@@ -364,6 +371,7 @@ class Trainer:
     def _export(self, span: TrainingStageSpan) -> None:
         """Write the training stage's model as a Hugging Face folder that appears by one rename."""
         target = self._context.out / span.name
+        beat(self._step, f"the export {span.name}", self._config.pause_timeout_s)
         if self._collectives.broadcast(target.is_dir()):
             return
         dtype = torch.bfloat16 if self._config.export_dtype == "bf16" else torch.float32
