@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from components.artifacts import EXIT_RETRY, Manifest, write_json
-from components.artifacts.manifest import collect_files
+from components.artifacts import EXIT_RETRY
 from components.pretraining.config import PretrainConfig
 from components.pretraining.launcher import (
     kill_wait_warning,
@@ -28,8 +27,8 @@ from components.pretraining.launcher import (
 from components.pretraining.node import torchrun_command
 from components.pretraining.presets import PRESETS
 from tests.pretraining.children import Children
-from tests.pretraining.factory import BATCH, CONTEXT, MODEL, make_tokens, run_config, stage_config
-from tests.pretraining.test_training import NOISE, flip, lines, logged, saved
+from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
+from tests.pretraining.test_training import NOISE, lines, logged, saved
 from tests.waiting import CEILING_S, wait_for
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -376,33 +375,3 @@ def test_torchrun_passes_signals_on_and_two_processes_train_like_one(
         for name in expected["metrics"]:
             if name.startswith(("train/", "heldout")):
                 assert row["metrics"][name] == pytest.approx(expected["metrics"][name], rel=1e-5, abs=1e-5)
-
-
-def run_by_hand(tokens: Path, out: Path) -> tuple[int, dict[str, Any]]:
-    """One rank as Kubernetes starts it: without a launcher."""
-    options = ["--preset", "21b-slim", "--tokens", str(tokens), "--out", str(out)]
-    worker = [sys.executable, "-m", "components.pretraining.worker", *options]
-    code = subprocess.run(worker, cwd=PROJECT, check=False).returncode
-    answer: dict[str, Any] = json.loads((out / ".work" / "result.json").read_text())
-    return code, answer
-
-
-def test_without_a_launcher_the_first_rank_checks_the_tokens_itself(tmp_path: Path) -> None:
-    """As the runner does before Slurm's ranks start."""
-    folder = make_tokens(tmp_path / "tokens")
-    index = json.loads((folder / "index.json").read_text())
-    index["splits"].pop("train")  # what is checked next and ends the run
-    write_json(folder / "index.json", index)
-    code, answer = run_by_hand(folder, tmp_path / "unfinished")
-    assert code == 2 and "tokens has no manifest" in answer["error"]
-    manifest = Manifest(
-        stage="tokenize", stage_version=1, recipe="tiny", fingerprint="f", config={}, parents={},
-        files=collect_files(folder), metrics={}, code_revision="r", created_at="now", duration_s=1.0,
-        peak_memory_bytes=1,
-    )  # fmt: skip
-    write_json(folder / "manifest.json", manifest.model_dump(mode="json"))
-    code, answer = run_by_hand(folder, tmp_path / "whole")
-    assert code == 2 and "no split train" in answer["error"]
-    flip(folder / "shards" / "train" / "code" / "00001.ds")
-    code, answer = run_by_hand(folder, tmp_path / "damaged")
-    assert code == 2 and "code/00001.ds does not match its SHA-256" in answer["error"]
