@@ -98,7 +98,9 @@ def test_the_optimizers_state_is_shared_out(job: dict[str, Any]) -> None:
 
 
 def test_gradients_are_summed_in_fp32_by_part(job: dict[str, Any]) -> None:
-    kinds = job["recipe"]["peak_by_kind"]  # four processes
+    whole = job["plain"]["peak_by_kind"]  # ZeRO-1: the sums of all weights
+    assert whole["gradients"] == pytest.approx(4 * whole["weights"] / 2, rel=0.02)
+    kinds = job["recipe"]["peak_by_kind"]  # ZeRO-2 on four processes
     buckets = 2 * 2 * 500_000_000
     assert kinds["gradients"] - buckets == pytest.approx(4 * kinds["weights"] / 2 / 4, rel=0.02)
 

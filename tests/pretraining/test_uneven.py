@@ -84,20 +84,43 @@ def test_three_processes_go_on_where_four_stopped(tmp_path: Path, tokens: Path, 
     assert_equals(tmp_path / "run", plain_run(PretrainConfig.model_validate(config), tokens), TOLERANCE)
 
 
-def test_six_processes_that_share_experts_in_pairs(tmp_path: Path, tokens: Path, children: Children) -> None:
+@pytest.mark.parametrize("zero_stage", [1, pytest.param(2, marks=pytest.mark.campaign)])
+def test_six_processes_that_share_experts_in_pairs(
+    tmp_path: Path, tokens: Path, children: Children, zero_stage: int
+) -> None:
     """Micro-steps in which some ranks have no row, and every figure that is logged."""
     config = uneven(log_every_steps=2)
-    runs = [
-        Run("zero-1", {**config, "expert_parallel": 2}),
-        Run("zero-2", {**config, "expert_parallel": 2, "zero_stage": 2}),
-    ]
-    children.call_ranks(6, train_all, runs, tokens, tmp_path)
+    shared = Run("shared", {**config, "expert_parallel": 2, "zero_stage": zero_stage})
+    children.call_ranks(6, train_all, [shared], tokens, tmp_path)
     alone = Run("alone", {**config, "sequences_per_micro_batch": 1})  # without padding
     children.call_ranks(1, train_all, [alone], tokens, tmp_path)
-    wanted = logged(tmp_path / "alone")
-    assert len(wanted) == 4
-    for run in runs:
-        found = logged(tmp_path / run.name)
-        assert found.keys() == wanted.keys()
-        for step, metrics in wanted.items():
-            assert found[step] == pytest.approx(metrics, rel=TOLERANCE), (run.name, step)
+    found, wanted = (logged(tmp_path / run.name) for run in (shared, alone))
+    assert len(wanted) == 4 and found.keys() == wanted.keys()
+    for step, metrics in wanted.items():
+        assert found[step] == pytest.approx(metrics, rel=TOLERANCE), step
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7])
+def test_every_cut(tmp_path: Path, tokens: Path, children: Children, world: int) -> None:
+    """Eight minutes for all: groups and micro-batches that divide something or nothing, experts shared, both ZeRO."""
+    for domains, groups in (("mixed", 1), ("mixed", 3), ("sharded", 4), ("mixed", 7)):
+        config = uneven(load_balance_groups=groups, load_balance_domains=domains)
+        runs = [
+            Run(
+                f"groups-{groups}-micro-{micro}-experts-{size}-zero-{zero_stage}",
+                {
+                    **config,
+                    "sequences_per_micro_batch": micro,
+                    "expert_parallel": size,
+                    "zero_stage": zero_stage,
+                },
+            )
+            for micro, zero_stage in ((1, 1), (3, 2), (16, 1))
+            for size in (1, 2, 4)
+            if world % size == 0
+        ]
+        children.call_ranks(world, train_all, runs, tokens, tmp_path)
+        plain = plain_run(PretrainConfig.model_validate(config), tokens)
+        for run in runs:
+            assert_equals(tmp_path / run.name, plain, TOLERANCE)
