@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from contextlib import closing
 from pathlib import Path
 
 from components.artifacts import (
@@ -41,7 +42,8 @@ def main(request_text: str, result_descriptor: int) -> int:
     result: dict[str, object]
     code = EXIT_USER_ERROR
     try:
-        metrics = importlib.import_module(request["module"]).run(context)
+        with closing(context):  # on a full disk this fails too
+            metrics = importlib.import_module(request["module"]).run(context)
         result = {"metrics": {k: float(v) for k, v in metrics.items()}}
     except StageError as error:
         result, code = {"error": str(error)}, error.exit_code
@@ -53,8 +55,6 @@ def main(request_text: str, result_descriptor: int) -> int:
             traceback.print_exc()
             return 1
         result = {"error": described}
-    finally:
-        context.close()
     with os.fdopen(result_descriptor, "w") as pipe:
         json.dump({**result, "notes": context.notes, "peaks": context.peaks}, pipe)
     return code if "error" in result else 0

@@ -101,5 +101,5 @@ class StageContext:
     def close(self) -> None:
         """Flush and close the metrics file."""
         if self._metrics_file is not None:
-            self._metrics_file.close()
-            self._metrics_file = None
+            handle, self._metrics_file = self._metrics_file, None
+            handle.close()

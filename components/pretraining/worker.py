@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     answer: dict[str, Any] = {}
     report: dict[str, Any] = {}
     try:
-        config = parse_config(PretrainConfig, context)
-        answer["evaluations"] = train_here(context, config)
-        answer["peaks"] = gather_peaks()
+        with closing(context):  # on a full disk this fails too
+            config = parse_config(PretrainConfig, context)
+            answer["evaluations"] = train_here(context, config)
+            answer["peaks"] = gather_peaks()
     except StageError as error:
         report = {"error": str(error), "exit_code": error.exit_code}
     except Exception as error:
         traceback.print_exc()
         described = no_room(error, context)
         report = {"error": described, "exit_code": EXIT_USER_ERROR} if described else {"defect": repr(error)}
-    finally:
-        context.close()
     if report:
         sys.stderr.write(f"rank {rank}: {report.get('error') or report['defect']}\n")
         RankReports(request_path.parent / REPORTS_NAME).write(rank, {**report, "host": socket.gethostname()})

@@ -21,6 +21,7 @@ INTERNAL = {
     "stage_process": "the runner starts a stage with it",
     "worker": "the launcher starts one for each GPU; the engine's bench one for each run",
     "bench_worker": "the engine's bench starts one for each run",
+    "node": "the launcher starts one on each node of a run",
     "jail": "the sandbox of generated code",
     "watchdog": "ends the teacher's server when its starter dies",
     "weights": "the synthesize stage converts its teacher's weights with it",

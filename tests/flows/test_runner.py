@@ -68,6 +68,7 @@ def test_a_new_stage_version_makes_its_artefact_stale(toy, monkeypatch):
         ("fail", "first: the value 7 is wrong; allowed are 1 to 5"),
         ("full_disk", "no room left while stage first was writing shard.ds"),
         ("torn_checkpoint", "no room left while stage first was writing"),
+        ("full_metrics", "no room left while stage first was writing"),
         ("crash", "the stage's process failed"),
         ("die", "killed by signal 9"),
     ],

@@ -31,6 +31,9 @@ def run(context: StageContext) -> dict[str, float]:
         raise ZeroDivisionError("a defect")
     if config.get("full_disk"):
         raise RuntimeError("writer failed") from OSError(errno.ENOSPC, "No space left on device", "shard.ds")
+    if config.get("full_metrics"):
+        (context.out / "metrics.jsonl").symlink_to("/dev/full")
+        context.log_metrics({"loss": 1.0}, 0)
     if config.get("die"):
         os.kill(os.getpid(), 9)
     if gate := config.get("saves_after"):

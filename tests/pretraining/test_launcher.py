@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,16 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from components.artifacts import EXIT_RETRY
+from components.artifacts import EXIT_RETRY, StageError
 from components.pretraining.config import PretrainConfig
 from components.pretraining.launcher import (
     kill_wait_warning,
     launch_command,
     needs_torchrun,
+    outcome,
     worker_environment,
 )
-from components.pretraining.node import torchrun_command
+from components.pretraining.node import REPORTS_NAME, torchrun_command
 from components.pretraining.presets import PRESETS
+from components.pretraining.processes.reports import RankReports
 from tests.pretraining.children import Children
 from tests.pretraining.factory import BATCH, CONTEXT, MODEL, run_config, stage_config
 from tests.pretraining.test_training import NOISE, lines, logged, saved
@@ -242,6 +245,27 @@ def test_two_ranks_train_like_one_process(
         assert weights.keys() == expected.keys()
         for name, value in expected.items():
             assert float((weights[name] - value).norm() / value.norm()) < 1e-3, (stage, name)
+
+
+def train_within(limit_bytes: int, request: Path) -> None:
+    """One rank on a disk that takes no larger file; writes down its exit code."""
+    from components.pretraining.worker import main
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    code = main([str(request)])
+    (request.parent / f"code-{os.environ['RANK']}").write_text(str(code))
+
+
+def test_a_disk_that_takes_no_checkpoint_is_named_by_several_processes_too(
+    tmp_path: Path, tokens: Path, children: Children
+) -> None:
+    request = write_request(tmp_path / "out", tokens, several(2))
+    RankReports(request.parent / REPORTS_NAME).create(2)
+    children.call_ranks(2, train_within, 32 << 10, request)
+    codes = {int((request.parent / f"code-{rank}").read_text()) for rank in range(2)}
+    assert 2 in codes and codes <= {1, 2}  # a rank may find the other one gone
+    error = outcome(request.parent, 1)
+    assert type(error) is StageError and "no room left while stage pretrain was writing" in str(error)
 
 
 def test_a_mesh_that_cannot_be_is_named(tmp_path: Path, tokens: Path, children: Children) -> None:

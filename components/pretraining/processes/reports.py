@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import write_atomically
+from components.artifacts import fsync_path, write_atomically
 
 _SLOT_BYTES = 4096  # a page, so that no two nodes write the same one
 _LONGEST_TEXT = 3000
@@ -38,9 +38,9 @@ class RankReports:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(descriptor, text.ljust(_SLOT_BYTES)[:_SLOT_BYTES], rank * _SLOT_BYTES)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        fsync_path(self._path)
 
     @property
     def world(self) -> int:
