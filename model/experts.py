@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.configuration import SmallThinkerConfig
 from model.compiling import takes_kernels
+from model.configuration import SmallThinkerConfig
 from model.grouped import grouped_experts
 
 Backend = Literal["auto", "loop", "grouped", "dense"]

@@ -140,7 +140,12 @@ def test_a_kernel_without_machine_code_is_a_fault() -> None:
         {"kernel": "a", "moment": "training, stage 1", "configs": [entry], "error": ""},
         {"kernel": "b", "moment": "training, stage 1", "configs": [], "error": "PTXASError: no"},
         {"kernel": "c", "moment": "training, stage 3", "configs": [], "error": ""},
-        {"kernel": "d", "moment": "training, stage 3", "configs": [{**entry, "faults": ["too much"]}], "error": ""},
+        {
+            "kernel": "d",
+            "moment": "training, stage 3",
+            "configs": [{**entry, "faults": ["too much"]}],
+            "error": "",
+        },
     ]
     assert faults({"kernels": kernels}) == [
         "b (training, stage 1): PTXASError: no",

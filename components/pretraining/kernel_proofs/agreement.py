@@ -93,7 +93,11 @@ class AttentionCase:
 
 
 def attention_errors(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device, path: Path, kernels_window: int | None = None
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    path: Path,
+    kernels_window: int | None = None,
 ) -> dict[str, float]:
     """FlexAttention against a softmax with the trainer's own mask in memory.
 

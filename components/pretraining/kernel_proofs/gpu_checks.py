@@ -86,7 +86,9 @@ class Sizes:
             architecture = preset(recipe)
             windows = {None} | ({architecture.sliding_window_size} if recipe == "21b" else set())
             for stage in (0, 2):
-                context = min(PRESETS[recipe]().stages[stage].context, 16_384)  # the reference's scores have to fit
+                context = min(
+                    PRESETS[recipe]().stages[stage].context, 16_384
+                )  # the reference's scores have to fit
                 for window in windows:
                     attention.append(AttentionCase(context, window, 5, head_dim=128, **shape))
         return cls(
@@ -187,7 +189,9 @@ def check_router_logits(sizes: Sizes) -> Outcome:
     for config in sizes.experts:
         experts, width = config.moe_num_primary_experts, config.hidden_size
         x_TD = random_values(sizes.tokens, width, seed=0, device=sizes.device).to(_BF16)
-        weight = (config.initializer_range * random_values(experts, width, seed=1, device=sizes.device)).to(_BF16)
+        weight = (config.initializer_range * random_values(experts, width, seed=1, device=sizes.device)).to(
+            _BF16
+        )
         low, exact = F.linear(x_TD, weight), x_TD.double() @ weight.double().t()
         what = f"{config.model_name}, router"
         outcome.compare(what, relative_errors({"logits": low}, {"logits": exact}))
@@ -323,7 +327,7 @@ def check_collectives(sizes: Sizes) -> Outcome:
         values = torch.arange(8.0, device=sizes.device)
         summed, gathered = values.clone(), torch.empty_like(values)
         dist.all_reduce(summed)
-        dist.all_gather_into_tensor(gathered, values)
+        dist.all_gather_single(gathered, values)
         results = {"all_reduce": summed, "all_gather": gathered}
         for rows in (8, 0):
             received = torch.empty(rows, device=sizes.device)
