@@ -29,6 +29,8 @@ COMMANDS = (
     "components.export.head_study",
     "components.pretraining.benchmark",
     "components.pretraining.dry_run",
+    "components.pretraining.kernel_proofs.compile",
+    "components.pretraining.kernel_proofs.on_gpu",
     "components.pretraining.long_context",
     "components.pretraining.replay",
     "components.pretraining.specialisation",

@@ -21,6 +21,8 @@ PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_field_defaults", "_exit",
 _MODES = "PyTorch's fake and dispatch modes are documented for use, in modules with private names only"
 _NODES = "nothing else tells which node of autograd runs, and of which forward call it is"
 _MASTER = "where DeepSpeed keeps a parameter's piece of the fp32 weights; its public way copies the whole"
+_GPU = "what the code that Inductor generates asks of a GPU, answered on a machine without one"
+_INDUCTOR = "Inductor's kernels are compiled and run as it does it, without the launch; torch is pinned"
 _BF16 = "PyTorch has no public question for a CPU's bf16 instructions"
 # Private names of libraries: the name, the files that use it, and why there is no public one.
 _LISTED = (
@@ -30,7 +32,7 @@ _LISTED = (
     ("_distributed_c10d", "ranks.py", "torch.distributed has HashStore, but its type stubs do not export it"),
     ("_AllToAllV", "expert_parallel.py", "DeepSpeed's exchange of uneven parts with its gradient"),
     ("_hp_mapping", "master_weights.py resharding.py", _MASTER),
-    ("_subclasses", "dry_run.py", _MODES),
+    ("_subclasses", "dry_run.py training_passes.py", _MODES),
     ("_mode_utils", "step_ledger.py", _MODES),
     ("_python_dispatch", "step_ledger.py", _MODES),
     ("_pytree", "step_ledger.py", _MODES),
@@ -40,7 +42,14 @@ _LISTED = (
     ("_compiled_call_impl", "step_ledger.py", "nothing else tells whether a module is compiled"),
     ("_cdata", "step_ledger.py", "a storage's address, which tells two Python objects of one storage"),
     ("_guards", "step_ledger.py", "nothing else tells whether torch.compile is tracing"),
+    ("_guards", "interpreter.py", "nothing else gives a backend the mode that its graph was captured in"),
     ("_dynamo", "fused_regions.py", "the way to a backend of one's own for torch.compile"),
+    ("_dynamo", "training_passes.py", "where the number of recompilations is limited"),
+    ("_dynamo", "targets.py interpreter.py", _GPU),
+    ("_C", "targets.py", _GPU),
+    ("_triton", "targets.py", _GPU),
+    ("_inductor", "targets.py lowering.py interpreter.py compile.py", _INDUCTOR),
+    ("_precompile_config", "compile.py", _INDUCTOR),
     ("_ops", "fused_regions.py", "the type of a graph's higher-order operators"),
     ("_deployments", "prefect_short_names.py", "the classes whose look-up of a deployment's name is wrapped"),
 )

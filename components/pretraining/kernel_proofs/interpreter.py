@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from torch import fx
 from torch._guards import detect_fake_mode
@@ -84,7 +85,7 @@ def _narrowed(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 def _dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     """Triton 3.7's own multiplies the bits of bfloat16 values as integers; products are exact, sums in d's dtype."""
-    from triton.runtime.interpreter import TensorHandle  # type: ignore[import-not-found]
+    from triton.runtime.interpreter import TensorHandle
 
     left, right = (
         _widened(value.data) if value.dtype.scalar.name == "bf16" else value.data for value in (a, b)
@@ -108,7 +109,7 @@ class _Libdevice:
     """CUDA's functions on numbers (exp, log, rsqrt …), which Triton's interpreter lacks, by those that it has."""
 
     def __getattr__(self, name: str) -> Any:
-        import triton.language as tl  # type: ignore[import-not-found]
+        import triton.language as tl
 
         return getattr(tl, name)  # looked up at each call: the interpreter replaces them while a kernel runs
 
@@ -195,16 +196,15 @@ def interpreted_kernels(target: Target) -> Iterator[Counter[str]]:
         with stand_in(target), patch.object(triton_helpers, "libdevice", _Libdevice()):
             code = compile_fx_inner(graph_module, example_inputs, **settings)
 
-        def run(arguments: list[Any]) -> Any:
+        def run(*arguments: Any) -> Any:
             with stand_in(target), patch.object(CachingAutotuner, "run", counted), _exact_interpreter():
-                out = code(arguments)
+                out = code(list(arguments))
             buffers.check()
             return out
 
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return make_boxed_func(run)
 
-    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         mode = detect_fake_mode(example_inputs)
         captured = graph_module.graph.find_nodes(op="placeholder")  # their sizes may be symbols
         twins = [_gpu_twin(node.meta["example_value"], mode) for node in captured]
@@ -212,12 +212,9 @@ def interpreted_kernels(target: Target) -> Iterator[Counter[str]]:
         # Whether products are padded is tried out on the GPU.
         settings = {"force_disable_caches": True, "compile_threads": 1, "shape_padding": False}
         with stand_in(target), torch._inductor.config.patch(settings):
-            compiled: Callable[..., Any] = compile_fx(
-                _gpu_graph(graph_module, trains), twins, inner_compile=compile_graph
-            )
-        return compiled
+            return compile_fx(_gpu_graph(graph_module, trains), twins, inner_compile=compile_graph)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     set_compile_backend(backend, fullgraph=True, on_cpus=True)
     guards = torch._C._dynamo.guards
     try:
@@ -229,4 +226,4 @@ def interpreted_kernels(target: Target) -> Iterator[Counter[str]]:
             yield ran
     finally:
         set_compile_backend("inductor")
-        torch._dynamo.reset()
+        torch.compiler.reset()

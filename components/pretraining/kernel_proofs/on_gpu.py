@@ -1,4 +1,4 @@
-"""What only a GPU can settle, in at most eight minutes on one: ``python -m components.pretraining.kernel_proofs.on_gpu``.
+"""What one GPU settles in at most eight minutes: ``python -m components.pretraining.kernel_proofs.on_gpu``.
 
 Every check runs in a process of its own, so that one that crashes, hangs or runs out of memory leaves the others. The
 verdicts are written as they come: a table on stderr, JSON on stdout and, with ``--out``, in a file after every check.

@@ -77,7 +77,7 @@ TARGETS = {
 
 def _triton_driver(target: Target) -> Any:
     """What Triton asks instead of libcuda."""
-    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found]
+    from triton.backends.compiler import GPUTarget
 
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", target.arch, 32),
