@@ -6,23 +6,27 @@ only accounts for them; everything up to the captured graph is then the same.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from functools import wraps
+from types import CodeType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-_MOST_KINDS = 64  # of input, for one code object
+MOST_KINDS = 64  # of input, for one code object
 
 _made: list[list[Any]] = []  # what was compiled, by every function of compiled()
 _settings: dict[str, Any] = {"backend": "inductor", "fullgraph": False}
 _on_cpus = [False]
+_fixed_sizes = [False]
 
 
 def takes_kernels(tensor: torch.Tensor) -> bool:
@@ -47,16 +51,23 @@ def set_compile_backend(
 
 
 def compiled(
-    function: Callable[_Arguments, _Result], dynamic: bool | None = None
+    function: Callable[_Arguments, _Result], dynamic: bool | None = None, varying: bool = False
 ) -> Callable[_Arguments, _Result]:
-    """``torch.compile(function)`` when it is first called; ``dynamic`` as there."""
+    """``torch.compile(function)`` when it is first called.
+
+    Args:
+        function: what is compiled.
+        dynamic: as there; ``None``: sizes are fixed in training, and what torch makes of them elsewhere.
+        varying: sizes change from call to call in training too (rows under expert parallelism).
+    """
     made: list[Callable[_Arguments, _Result]] = []
     _made.append(made)
 
     @wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if not made:
-            made.append(torch.compile(function, dynamic=dynamic, **_settings))
+            fixed = _fixed_sizes[0] and dynamic is None and not varying
+            made.append(torch.compile(function, dynamic=False if fixed else dynamic, **_settings))
         return made[0](*args, **kwargs)
 
     return call
@@ -68,7 +79,7 @@ def compile_module(module: nn.Module) -> None:
 
 
 def refuse_fallbacks() -> None:
-    """From now on code that is compiled for too many kinds of input ends the program.
+    """From now on code that is compiled for too many kinds of input ends the program; sizes are fixed in kernels.
 
     By default torch gives up after 8 and goes on uncompiled with a line in the log. One code object serves all layers
     here: training and evaluation, windowed and global layers and the shapes of two contexts are 8 already.
@@ -76,8 +87,17 @@ def refuse_fallbacks() -> None:
     Raises (later, in what was compiled):
         torch._dynamo.exc.FailOnRecompileLimitHit: more than 64 kinds of input.
     """
-    dynamo_config.recompile_limit = _MOST_KINDS
+    dynamo_config.recompile_limit = MOST_KINDS
     dynamo_config.fail_on_recompile_limit_hit = True
+    _fixed_sizes[0] = True
+    for made in _made:
+        made.clear()
+
+
+def refused_function(error: FailOnRecompileLimitHit) -> str:
+    """The function that was to be compiled once more, which torch says in its log only; empty if it cannot be found."""
+    codes = [frame.f_locals.get("code") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return next((code.co_qualname for code in reversed(codes) if isinstance(code, CodeType)), "")
 
 
 def compiled_graphs() -> int:

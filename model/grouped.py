@@ -48,7 +48,7 @@ def _gate_backward(ga_RF: Tensor, h_RC: Tensor) -> Tensor:
 
 # Compiled for the batch's size first, once more for any size when another comes.
 _KERNELS = {
-    function: compiled(function)
+    function: compiled(function, varying=True)
     for function in (_sum_rows, _weighted_sum, _weighted_rows, _row_products, _gate, _gate_backward)
 }
 

@@ -45,6 +45,7 @@ def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
     from components.pretraining.processes.interruption import Interruption
     from components.pretraining.processes.ranks import join_processes
     from components.pretraining.training.trainer import Trainer
+    from model.compiling import MOST_KINDS, refused_function
 
     with Interruption.watching() as interruption:
         beat(0, "the start", config.pause_timeout_s)  # from here on the node may pass signals on
@@ -57,9 +58,11 @@ def train_here(context: StageContext, config: PretrainConfig) -> dict[str, Any]:
             return Trainer(context, config, ranks, interruption).train()
         except FailOnRecompileLimitHit as error:
             raise StageError(
-                f"torch was asked to compile the same code for too many kinds of input: {error.__cause__}. What "
-                "was saved is kept. TORCH_LOGS=recompiles shows what differs each time; with compile_layers=false "
-                "attention and norms run uncompiled and slower."
+                f"{refused_function(error) or 'a function'} was to be compiled for more than {MOST_KINDS} kinds of "
+                "input (shape, dtype, with or without gradients), and torch would run it uncompiled from here on: "
+                "slower, and attention in memory of context x context. What was saved is kept. Start again with "
+                "TORCH_LOGS=recompiles to see what differs each time; if it is attention or a norm, "
+                "pretrain.compile_layers=false goes on without compiling these."
             ) from error
 
 

@@ -30,7 +30,7 @@ def main(tokens: str, out: str, limit: str) -> None:
 
     compiling.set_compile_backend(backend)
     if limit != "0":
-        compiling._MOST_KINDS = int(limit)
+        compiling.MOST_KINDS = int(limit)
     step, evaluate = Trainer._train_step, Trainer._evaluate
 
     def named_step(self: Any, bar: Any) -> float:

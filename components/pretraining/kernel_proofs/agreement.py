@@ -115,7 +115,7 @@ def attention_errors(
     ours = dict(zip("qkv", (_leaf(value, dtype) for value in values), strict=True))
     with path():
         blocks = document_blocks(documents_BT, kernels_window or case.window)
-        out_BNTH = attend(*ours.values(), blocks)
+        out_BNTH = attend(ours["q"], ours["k"], ours["v"], blocks)
         out_BNTH.backward(up_BNTH)
     mask = build_layer_mask(
         queries=case.tokens,
@@ -132,7 +132,7 @@ def attention_errors(
     parts = [value[:, :n] for value, n in zip(values, (compared, groups, groups), strict=True)]
     plain = dict(zip("qkv", (_leaf(part, torch.float32) for part in parts), strict=True))
     reference = F.scaled_dot_product_attention(
-        *plain.values(), attn_mask=mask.allowed, enable_gqa=compared != groups
+        plain["q"], plain["k"], plain["v"], attn_mask=mask.allowed, enable_gqa=compared != groups
     )
     reference.backward(up_BNTH[:, :compared].float())
     found = {"out": out_BNTH, **_gradients(ours)}
@@ -165,7 +165,7 @@ def experts_errors(
         random_values(*shape, seed=5 + i, device=device).to(dtype)
         for i, shape in enumerate(((tokens, width), (tokens, top_k), (tokens, width)))
     ]
-    runs = []
+    runs: list[dict[str, Tensor]] = []
     for working in (torch.float32, dtype):
         is_ours = len(runs) == 1
         with torch.device("meta"):
@@ -201,7 +201,7 @@ def loss_errors(
     labels_BT = torch.randint(vocabulary, (2, rows), generator=torch.Generator().manual_seed(2)).to(device)
     ours = {"x": _leaf(x, dtype), "head": _leaf(head, dtype)}
     with path():
-        mean, losses_BT = fused_token_losses(*ours.values(), labels_BT, chunk)
+        mean, losses_BT = fused_token_losses(ours["x"], ours["head"], labels_BT, chunk)
         mean.backward()
     plain = {"x": _leaf(x, torch.float32), "head": _leaf(head, torch.float32)}
     logits_RV = (plain["x"][:, :-1] @ plain["head"].t()).flatten(0, 1)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from components.pretraining.kernel_proofs.agreement import (
     TOLERANCE,
@@ -219,7 +220,8 @@ def check_recomputed_routing(sizes: Sizes) -> Outcome:
     outcome = Outcome()
     for config in sizes.experts:
         with sizes.device:
-            model = SmallThinkerForCausalLM(_layers(config, 2, 512)).to(_BF16).train()
+            model = SmallThinkerForCausalLM(_layers(config, 2, 512)).train()
+        model.to(dtype=_BF16)
         seen: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
         def keep(module: Any, inputs: Any, routing: Any, seen: Any = seen) -> None:
@@ -252,7 +254,7 @@ def check_recomputed_routing(sizes: Sizes) -> Outcome:
                     outcome.problems.append(
                         f"{config.model_name}, layer {number}: {differ} {what} differ when recomputed"
                     )
-        outcome.figures[config.model_name] = {"layers": len(routers), "tokens": tokens}
+        outcome.figures[str(config.model_name)] = {"layers": len(routers), "tokens": tokens}
     return outcome
 
 
@@ -318,7 +320,7 @@ def check_copies(sizes: Sizes) -> Outcome:
 def check_collectives(sizes: Sizes) -> Outcome:
     """NCCL with one rank: the collectives of a run, one of them with nothing to send."""
     backend = "nccl" if sizes.device.type == "cuda" else "gloo"
-    store = dist.HashStore()
+    store = HashStore()
     if sizes.device.type == "cuda":
         torch.cuda.set_device(sizes.device)
     dist.init_process_group(backend, store=store, rank=0, world_size=1)
