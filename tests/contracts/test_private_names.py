@@ -29,7 +29,7 @@ _LISTED = (
     ("_is_amx_tile_supported", "ranks.py", _BF16),
     ("_distributed_c10d", "ranks.py", "torch.distributed has HashStore, but its type stubs do not export it"),
     ("_AllToAllV", "expert_parallel.py", "DeepSpeed's exchange of uneven parts with its gradient"),
-    ("_hp_mapping", "master_weights.py resharding.py", _MASTER),
+    ("_hp_mapping", "gradients.py master_weights.py resharding.py", _MASTER),
     ("_subclasses", "dry_run.py", _MODES),
     ("_mode_utils", "step_ledger.py", _MODES),
     ("_python_dispatch", "step_ledger.py", _MODES),
