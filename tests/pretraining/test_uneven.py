@@ -123,4 +123,5 @@ def test_every_cut(tmp_path: Path, tokens: Path, children: Children, world: int)
         children.call_ranks(world, train_all, runs, tokens, tmp_path)
         plain = plain_run(PretrainConfig.model_validate(config), tokens)
         for run in runs:
-            assert_equals(tmp_path / run.name, plain, TOLERANCE)
+            # A sum in another order can silence one neuron more: its gradient jumps, the loss does not.
+            assert_equals(tmp_path / run.name, plain, TOLERANCE, of_gradients=1e-4)

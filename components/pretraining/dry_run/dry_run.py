@@ -33,7 +33,9 @@ _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default reduce bucket
 
 
 class FakeEngine:
-    """Stands for DeepSpeed's engine around ``model`` in bf16: ZeRO-1 with ``GradientSums``, or ZeRO-2 (version 0.19.8).
+    """Stands for DeepSpeed's engine around ``model`` in bf16: ZeRO-1 with ``GradientSums``, or ZeRO-2.
+
+    What ZeRO-2 allocates is read off version 0.19.8, ``stage_1_and_2.py``.
 
     Args:
         model: its weights in the working dtype.
