@@ -329,7 +329,7 @@ def check_collectives(sizes: Sizes) -> Outcome:
         values = torch.arange(8.0, device=sizes.device)
         summed, gathered = values.clone(), torch.empty_like(values)
         dist.all_reduce(summed)
-        dist.all_gather_single(gathered, values)
+        dist.all_gather_into_tensor(gathered, values)
         results = {"all_reduce": summed, "all_gather": gathered}
         for rows in (8, 0):
             received = torch.empty(rows, device=sizes.device)
