@@ -76,9 +76,11 @@ def test_every_check_has_a_limit_and_a_gpu_has_eight_minutes() -> None:
 def test_a_check_that_ends_badly_or_late_is_a_verdict(tmp_path: Path) -> None:
     ended = run_apart("environment", rehearse=False, limit_s=300)
     assert ended["verdict"] == "error" and "need a GPU" in ended["problems"][0]
+    # time is the subject: no interpreter starts within the limit
     late = run_apart("environment", rehearse=False, limit_s=0.01)
     assert late["verdict"] == "timed out"
     out = tmp_path / "results.json"
+    # time is the subject: nothing may begin once the limit is used up
     results = run_all(["copies", "speed"], rehearse=False, limit_s=0.0, out=out)
     assert [result["verdict"] for result in results] == ["not run", "not run"]
     assert json.loads(out.read_text()) == results
