@@ -235,4 +235,4 @@ def test_the_measuring_command_says_how_long_was_waited(
         assert line["wait_share"] == line["waited_s"] / line["total_s"]
     assert data_wait.main([str(tmp_path / "none")]) == 2
     assert "index.json is missing" in capsys.readouterr().err
-    assert data_wait.main([*options, "--world", "7"]) == 2
+    assert data_wait.main([*options, "--world", "9"]) == 2
