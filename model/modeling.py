@@ -317,7 +317,8 @@ class SmallThinkerModel(SmallThinkerPreTrainedModel):
             )
             output = LayerOutput(*output)
             x_BTD = output.x_BTD
-            outputs.append(output)
+            # Without the stream: where no gradient is wanted, every layer's would be held for nothing.
+            outputs.append(output._replace(x_BTD=cast(Tensor, None)))
         x_BTD = self.norm(x_BTD)
         if output_hidden_states:
             hidden_states.append(x_BTD)
