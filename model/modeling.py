@@ -447,7 +447,7 @@ class SmallThinkerForCausalLM(SmallThinkerPreTrainedModel, GenerationMixin):
                 module.in_fp32 = wanted
 
     def set_choice_bias(self, bias_LE: Tensor | None) -> None:
-        """In training mode, choose experts with these biases; see :meth:`model.experts.Router.forward`."""
+        """In training mode, choose experts with these biases; see ``Router.forward`` of ``model.experts``."""
         self.model.choice_bias_LE = bias_LE
 
     @contextmanager
