@@ -57,6 +57,10 @@ class LossGuard:
         self.in_a_row = 0
         self.skipped: list[dict[str, Any]] = []
 
+    def begin_training_stage(self) -> None:
+        """Forget what is usual: another context, RoPE base and mixture have losses and norms of their own."""
+        self.recent, self.recent_norms = [], []
+
     def judge(self, loss: float, grad_norm: float) -> str | None:
         """What is wrong with a step, or ``None``.
 

@@ -267,6 +267,8 @@ class Trainer:
 
     def _run_training_stage(self, span: TrainingStageSpan) -> None:
         enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
+        if self._step == span.start:
+            self._guard.begin_training_stage()
         flops = training_flops_per_token(self._architecture, span.stage.context)
         config, first = self._config, self._step
         began, waited_s, since = time.perf_counter(), 0.0, self._step
