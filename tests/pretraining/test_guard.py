@@ -198,7 +198,7 @@ def test_a_spike_of_the_norm_alone_and_too_many_in_a_row(
     ]
 
 
-def test_a_training_stage_begins_without_the_medians_of_the_one_before() -> None:
+def test_another_context_begins_without_the_medians_of_the_one_before() -> None:
     """Another context and RoPE base: smoke's first step there has a norm 40 times the one before, in bf16."""
     guard = calm_guard(64)
     assert guard.judge(2.0, 40.0) is not None and guard.judge(4.0, 1.0) is not None

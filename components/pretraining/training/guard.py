@@ -58,7 +58,7 @@ class LossGuard:
         self.skipped: list[dict[str, Any]] = []
 
     def begin_training_stage(self) -> None:
-        """Forget what is usual: another context, RoPE base and mixture have losses and norms of their own."""
+        """Forget what is usual: another context and RoPE base have losses and norms of their own."""
         self.recent, self.recent_norms = [], []
 
     def judge(self, loss: float, grad_norm: float) -> str | None:

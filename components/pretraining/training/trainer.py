@@ -265,9 +265,14 @@ class Trainer:
         self._step += 1
         bar.update()
 
+    def _is_another_length(self, span: TrainingStageSpan) -> bool:
+        """Whether context or RoPE base differ from the training stage before."""
+        before = self._curriculum.spans[max(0, span.index - 1)].stage
+        return (before.context, before.rope_theta) != (span.stage.context, span.stage.rope_theta)
+
     def _run_training_stage(self, span: TrainingStageSpan) -> None:
         enter_training_stage(self._engine, self._config, span.index, self._ranks.world)
-        if self._step == span.start:
+        if self._step == span.start and self._is_another_length(span):
             self._guard.begin_training_stage()
         flops = training_flops_per_token(self._architecture, span.stage.context)
         config, first = self._config, self._step
