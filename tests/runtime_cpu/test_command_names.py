@@ -17,7 +17,7 @@ from runtime_cpu.commands.table import COMMANDS, PACKAGE
 
 FOLDER = Path(runtime_cpu.__file__).parent
 # As they were called before the modules had folders: what scripts and services hold.
-NAMES = ("bench", "chat", "head", "inspect", "logits", "pack", "perplexity", "serve", "synth")
+NAMES = ("bench", "chat", "head", "inspect", "logits", "pack", "perplexity", "reads", "serve", "synth")
 
 
 def python(*arguments: object) -> subprocess.CompletedProcess[str]:
