@@ -34,7 +34,6 @@ from components.artifacts.stage import (
     stage_error,
 )
 from components.artifacts.store import ArtifactStore, Identity, flatten
-from components.artifacts.verification import check_artifact
 
 __all__ = [
     "EXIT_INTERRUPTED",
@@ -55,7 +54,6 @@ __all__ = [
     "StageError",
     "StageInterrupted",
     "canonical_json",
-    "check_artifact",
     "die_with_parent",
     "fingerprint",
     "flatten",

@@ -23,7 +23,7 @@ from typing import Any
 
 from components.artifacts.digests import SAMPLED_FROM_BYTES, WAITING_THREADS, hashing_threads, sampled_sha256
 from components.artifacts.files import in_parallel, sha256_file, write_atomically
-from components.artifacts.manifest import ArtifactError, FileEntry, Manifest, read_manifest
+from components.artifacts.manifest import FileEntry, Manifest
 
 EVERY_START_BYTES = 4 << 30
 FIRST_START_BYTES = 32 << 30
@@ -96,25 +96,6 @@ def check_whole(folder: Path, manifest: Manifest, advance: Callable[[int], None]
         advance: told how many bytes were read, from several threads.
     """
     return check_sizes(folder, manifest) or _compare_whole(folder, manifest.files, advance)
-
-
-def check_artifact(folder: Path) -> Check:
-    """:func:`check_start` of a folder by its own manifest, for whoever is given a folder and no store.
-
-    Raises:
-        ArtifactError: there is no manifest, or a file does not match it.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise ArtifactError(
-            f"{folder} has no manifest: the stage that wrote it has not finished, or it was copied without it"
-        )
-    check = check_start(folder, manifest)
-    if check.problems:
-        raise ArtifactError(
-            f"the artefact of stage {manifest.stage} in {folder} is damaged: {'; '.join(check.problems[:3])}"
-        )
-    return check
 
 
 def _divide(files: Mapping[str, FileEntry], remembered: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -76,8 +76,8 @@ def _measure(engine: Engine, windows: Sequence[NDArray[np.integer]]) -> dict[str
         "experts_in_memory": engine.info.plan.experts_in_memory,
         "router_lead": engine.info.router_lead,
         "bytes_per_token": read_bytes / tokens,
-        "missing_experts_per_token": missing
-        / tokens,  # neither in memory nor on their way when their layer asked
+        # Neither in memory nor on their way when their layer asked.
+        "missing_experts_per_token": missing / tokens,
         "found_share": found / max(1, found + missing),
         "wait_s_per_token": wait_s / tokens,  # of all threads together
         "s_per_token": compute_s / tokens,

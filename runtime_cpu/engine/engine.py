@@ -144,6 +144,10 @@ class Engine(ClosedAtExit):
         planner = Planner(model, threads, kv_type, chunk_tokens, kernels, budget, head, experts_in_memory)
         context, sessions, plan = planner.fit(context, sessions)
         _log.info("%s: memory %s", file.name, plan)
+        # Room for exactly so many, where that was asked for; the plan's is in whole pages.
+        cache_bytes = (
+            plan.expert_bytes if experts_in_memory is None else experts_in_memory * model.expert_bytes
+        )
         runtime = _core.Runtime(
             model,
             threads=threads,
@@ -151,13 +155,7 @@ class Engine(ClosedAtExit):
             kv_type=kv_type,
             kernels=kernels,
             chunk_tokens=chunk_tokens,
-            expert_cache_bytes=(
-                0
-                if not plan.offloads
-                else plan.expert_bytes
-                if experts_in_memory is None
-                else experts_in_memory * model.expert_bytes
-            ),
+            expert_cache_bytes=cache_bytes if plan.offloads else 0,
             reader=reader,
             policy=policy or "",
             speculate=speculate,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from components.artifacts import ArtifactError, Manifest, check_artifact
+from components.artifacts import Manifest
 from components.artifacts.digests import SAMPLED_FROM_BYTES, sample_starts, sampled_sha256
 from components.artifacts.manifest import FileEntry, collect_files
 from components.artifacts.verification import (
@@ -273,20 +273,6 @@ def test_samples_stay_what_manifests_hold(tmp_path: Path) -> None:
     path.write_bytes(bytes(2 * MIB))
     assert sampled_sha256(path, 2 * MIB) == "524df07c904d4b9e51751c906c6caa9cb563f19da678a439ba7d0bedf70293dc"
     assert list(sample_starts(1 << 30))[:4] == [0, 53324999, 100260982, 147381758]
-
-
-def test_a_folder_is_checked_by_its_own_manifest(tmp_path: Path) -> None:
-    folder = tmp_path / "tokens"
-    manifest = write(folder, {"data": 10})
-    with pytest.raises(ArtifactError, match=r"tokens has no manifest"):
-        check_artifact(folder)
-    (folder / "manifest.json").write_text(manifest.model_dump_json())
-    assert check_artifact(folder).whole == ("data",)
-    flip(folder / "data", 3)
-    with pytest.raises(
-        ArtifactError, match=r"stage first in .*tokens is damaged: data does not match its SHA-256"
-    ):
-        check_artifact(folder)
 
 
 def test_an_error_in_a_thread_ends_the_reading_with_its_own_message(
